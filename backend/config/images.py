@@ -1,0 +1,46 @@
+"""Facts about still images and the size of the clip that follows from one; reads headers only."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from backend.errors import UserError
+
+MAX_PIXELS = 100_000_000
+_EXIF_ORIENTATION = 0x0112
+_TURNED = {5, 6, 7, 8}
+
+
+def image_size(path: str | Path, field: str | None = None) -> tuple[int, int]:
+    """Width and height in pixels as a person sees the image (EXIF orientation applied).
+
+    Raises:
+        UserError: the file is missing, is no image, or has more than 100 million pixels.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist. Check the path of the image.", field)
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        raise UserError(f"{path.name} is not an image that can be read. Use PNG, JPEG or WebP.", field) from None
+    if width * height > MAX_PIXELS:
+        raise UserError(
+            f"{path.name} has {width} x {height} pixels; at most 100 million are read. Scale it down.", field
+        )
+    return (height, width) if orientation in _TURNED else (width, height)
+
+
+def size_for_image(width: int, height: int, max_area: int, multiple: int) -> tuple[int, int]:
+    """Clip size for an image: its aspect, the task's area, sides rounded to `multiple`.
+
+    Formula of the official image-to-video pipeline: k = sqrt(max_area / (w h)) / multiple, side = round(side k)
+    multiple; small images are enlarged too. A side is never less than `multiple`.
+    """
+    scale = math.sqrt(max_area / (width * height)) / multiple
+    return max(1, round(width * scale)) * multiple, max(1, round(height * scale)) * multiple

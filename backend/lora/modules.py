@@ -1,0 +1,101 @@
+"""Low-rank layers beside frozen Linears."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Formats that a Linear computes in; anything else (8-bit codes) is storage that only its own layer understands.
+_COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class LoraBranch(nn.Module):
+    """One low-rank pair: adds strength * alpha / rank * up(down(x)) to the output of a Linear.
+
+    down: [rank, in_features], up: [out_features, rank], frozen unless training unfreezes them. A strength of 0 means
+    that the branch is skipped.
+    """
+
+    def __init__(self, down: Tensor, up: Tensor, alpha: float, strength: float = 1.0) -> None:
+        super().__init__()
+        self.down = nn.Parameter(down, requires_grad=False)
+        self.up = nn.Parameter(up, requires_grad=False)
+        self.alpha = float(alpha)
+        self.strength = float(strength)
+
+    @property
+    def scale(self) -> float:
+        """strength * alpha / rank."""
+        return self.strength * self.alpha / self.down.shape[0]
+
+    def add_to(self, output: Tensor, x: Tensor) -> Tensor:
+        """output [..., out_features] plus this branch's part for x [..., in_features], in the output's dtype.
+
+        The sum happens inside the matrix product, which accumulates in float32 for 16-bit formats, so that a small
+        difference is rounded once and not twice.
+        """
+        hidden = F.linear(x, self.down.to(x.dtype)).to(output.dtype)
+        flat = torch.addmm(
+            output.reshape(-1, output.shape[-1]),
+            hidden.reshape(-1, hidden.shape[-1]),
+            self.up.to(output.dtype).t(),
+            alpha=self.scale,
+        )
+        return flat.reshape(output.shape)
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer and the low-rank branches beside it; it stands in the model where the layer stood.
+
+    The layer is only called, its weights are never touched: so it may hold quantised codes, and removing the branches
+    gives back exactly what was there.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.branches = nn.ModuleList()
+
+    @property
+    def in_features(self) -> int:
+        """Size of the last dimension of the input."""
+        return int(self.base.in_features)  # type: ignore[arg-type]
+
+    @property
+    def out_features(self) -> int:
+        """Size of the last dimension of the output."""
+        return int(self.base.out_features)  # type: ignore[arg-type]
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen layer's own weight, for code that asks a Linear for its dtype or device."""
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen layer's own bias."""
+        return self.base.bias  # type: ignore[return-value]
+
+    def add_branch(self, down: Tensor, up: Tensor, alpha: float, strength: float) -> LoraBranch:
+        """Add a pair, moved to the layer's device and, when the layer computes in it, to its number format."""
+        weight = self.weight
+        dtype = weight.dtype if weight.dtype in _COMPUTE_DTYPES else down.dtype
+        branch = LoraBranch(
+            down.to(device=weight.device, dtype=dtype), up.to(device=weight.device, dtype=dtype), alpha, strength
+        )
+        self.branches.append(branch)
+        return branch
+
+    def remove_branch(self, branch: LoraBranch) -> None:
+        """Take a pair away again; the others keep their order."""
+        self.branches = nn.ModuleList(other for other in self.branches if other is not branch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output plus every branch whose strength is not 0: [..., in_features] -> [..., out_features]."""
+        output = self.base(x)
+        for branch in self.branches:
+            assert isinstance(branch, LoraBranch)
+            if branch.strength != 0.0:
+                output = branch.add_to(output, x)
+        return output
