@@ -384,13 +384,14 @@ class EventPage:
 def read_events(
     path: str | Path, offset: int = 0, *, last_seq: int | None = None, max_bytes: int = MAX_READ_BYTES
 ) -> EventPage:
-    """Read the whole records after byte `offset`, at most about `max_bytes` of them. Never raises for what it finds.
+    """Read the whole records after byte `offset`, at most `max_bytes` (256 KiB or more) of them. Never raises.
 
     Only bytes up to the last newline count, so a line that is being written is left for the next call; lines that are
     no record are skipped. `last_seq` is the number of the record before `offset` (None: not known, then a gap right at
     the start is not seen). A missing or unreadable file is an empty page.
     """
     last_seq = 0 if offset <= 0 else last_seq
+    limit = max(max_bytes, MAX_RECORD_BYTES)  # less could not hold every record
     try:
         with open(path, "rb", buffering=0) as handle:
             size = os.fstat(handle.fileno()).st_size
@@ -398,12 +399,12 @@ def read_events(
             if restarted or offset < 0:
                 offset, last_seq = 0, 0
             handle.seek(offset)
-            block = _read_fully(handle.fileno(), min(max(max_bytes, 1), size - offset))
+            block = _read_fully(handle.fileno(), min(limit, size - offset))
     except (OSError, ValueError):
         return EventPage(offset=max(offset, 0), last_seq=last_seq)
     end = block.rfind(b"\n") + 1
     gap = False
-    if end == 0 and len(block) >= max_bytes:
+    if end == 0 and len(block) >= limit:
         end, gap = len(block), True  # longer than any record of ours: damage, skipped block by block
     records: list[dict[str, Any]] = []
     for line in block[:end].split(b"\n"):

@@ -1,4 +1,4 @@
-"""The half-filled forms of the page, kept on the server: a reload, another device or the next morning shows the same."""
+"""The half-filled forms of the page, kept on the server: a reload, another device or tomorrow shows the same."""
 
 from __future__ import annotations
 

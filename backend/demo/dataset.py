@@ -40,7 +40,7 @@ class CaptionEncoder:
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         tokens: dict[int, torch.Tensor] = {}
         for _, same in itertools.groupby(order, key=lambda index: len(ids[index])):
-            for chunk in itertools.batched(same, 64) if hasattr(itertools, "batched") else _chunks(list(same), 64):
+            for chunk in _chunks(list(same), 64):
                 batch = torch.tensor([ids[index] for index in chunk])
                 hidden = self.qwen(input_ids=batch, output_hidden_states=True)["hidden_states"][-1]
                 tokens.update(zip(chunk, hidden[:, self.crop :].clone(), strict=True))

@@ -29,7 +29,7 @@ class AdapterConfig:
     rslora: bool = False
 
     def alphas(self, ranks: Mapping[str, int]) -> dict[str, float]:
-        """alpha of every layer in `ranks` (name in the file -> rank): from a pattern, else the common one, else the rank.
+        """alpha of every layer in `ranks` (name in the file -> rank): by a pattern, else the common one, else the rank.
 
         With `use_rslora` the scale is alpha / sqrt(rank); that is returned as the alpha whose alpha / rank is the same.
 

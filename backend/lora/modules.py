@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -67,22 +69,22 @@ class LoraLinear(nn.Module):
         """Size of the last dimension of the output."""
         return int(self.base.out_features)  # type: ignore[arg-type]
 
-    @property
-    def weight(self) -> Tensor:
-        """The frozen layer's own weight, for code that asks a Linear for its dtype or device."""
-        return self.base.weight  # type: ignore[return-value]
+    def add_branch(
+        self, down: Tensor, up: Tensor, alpha: float, strength: float, dtype: torch.dtype | None = None
+    ) -> LoraBranch:
+        """Add a pair on the layer's device, in the number format of its weight.
 
-    @property
-    def bias(self) -> Tensor | None:
-        """The frozen layer's own bias."""
-        return self.base.bias  # type: ignore[return-value]
-
-    def add_branch(self, down: Tensor, up: Tensor, alpha: float, strength: float) -> LoraBranch:
-        """Add a pair, moved to the layer's device and, when the layer computes in it, to its number format."""
-        weight = self.weight
-        dtype = weight.dtype if weight.dtype in _COMPUTE_DTYPES else down.dtype
+        A layer that holds codes instead of a weight takes the pair in `dtype`, or as it is.
+        """
+        weight = getattr(self.base, "weight", None)
+        if isinstance(weight, Tensor) and weight.dtype in _COMPUTE_DTYPES:
+            dtype = weight.dtype
+        device = next(itertools.chain(self.base.parameters(), self.base.buffers())).device
         branch = LoraBranch(
-            down.to(device=weight.device, dtype=dtype), up.to(device=weight.device, dtype=dtype), alpha, strength
+            down.to(device=device, dtype=dtype or down.dtype),
+            up.to(device=device, dtype=dtype or up.dtype),
+            alpha,
+            strength,
         )
         self.branches.append(branch)
         return branch

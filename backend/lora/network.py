@@ -67,7 +67,7 @@ def attach_loras(transformer: nn.Module, loras: Sequence[tuple[str | Path, float
     """Attach LoRA files, each with its strength, as low-rank layers beside the frozen linear layers of `transformer`.
 
     Several LoRAs on one layer add up. Weights are never changed, so quantised layers work as they are; the pairs live
-    on each layer's device, in its number format (in the file's where the layer holds 8-bit codes). All files are read
+    on each layer's device, in its number format (in the model's where the layer holds 8-bit codes). All files are read
     and checked before the first layer is touched.
 
     Raises:
@@ -77,6 +77,7 @@ def attach_loras(transformer: nn.Module, loras: Sequence[tuple[str | Path, float
     strengths = [check_strength(strength) for _, strength in loras]
     files = [read_lora(path) for path, _ in loras]
     resolved = [resolve(file, targets) for file in files]
+    model_dtype = getattr(transformer, "dtype", None)
     branches = []
     for layers, strength in zip(resolved, strengths, strict=True):
         pairs = []
@@ -86,6 +87,6 @@ def attach_loras(transformer: nn.Module, loras: Sequence[tuple[str | Path, float
             if not isinstance(layer, LoraLinear):
                 layer = LoraLinear(layer)
                 setattr(target.parent, target.attribute, layer)
-            pairs.append((target, layer.add_branch(weights.down, weights.up, weights.alpha, strength)))
+            pairs.append((target, layer.add_branch(weights.down, weights.up, weights.alpha, strength, model_dtype)))
         branches.append(pairs)
     return LoraSet(files, branches)

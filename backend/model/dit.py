@@ -163,8 +163,9 @@ class Kandinsky5Transformer(nn.Module):
             window = sta_mask((frames, height // BLOCK_SIDE, width // BLOCK_SIDE), nabla, latents.device)
             sparse = SparseAttention(nabla, window)
         fractal = sparse is not None
+        time_scale, row_scale, column_scale = scale_factor
         visual = fractal_flatten(patches) if fractal else patches.flatten(1, 3)
-        rotary = self._rotary.visual(grid, scale_factor, latents.device, fractal=fractal)
+        rotary = self._rotary.visual(grid, (time_scale, row_scale, column_scale), latents.device, fractal=fractal)
         for block in self.visual_transformer_blocks:
             visual = block(visual, text.tokens, text.time_embed, rotary, text.key_mask, sparse)
         if fractal:

@@ -182,7 +182,7 @@ def _groups(mask: Tensor, row_bytes: int, budget: int) -> Iterator[_Group]:
         most = sizes[start]
         end = min(start + max(budget // (most * row_bytes), 1), len(sizes))
         rows = order[start:end]
-        blocks = flat[rows].to(torch.uint8).sort(-1, descending=True, stable=True).indices[:, :most]
+        blocks = flat[rows].to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[:, :most]
         valid = None
         if sizes[end - 1] != most:
             valid = torch.arange(most, device=mask.device) < needs[start:end, None]

@@ -179,6 +179,7 @@ def _build_qwen(files: EncoderFiles, device: torch.device, dtype: torch.dtype) -
 
     tensors = list_tensors(files.weights, _qwen_name, files.kind.field)
     model = _empty_model(files, tensors, text_config, Qwen2_5_VLTextModel)
+    _check(model, tensors, files)
     model.rotary_emb = type(model.rotary_emb)(config=model.config)  # its tables are computed, not stored
     return _finish(model, tensors, files, device, dtype)
 
@@ -195,6 +196,7 @@ def _build_clip(files: EncoderFiles, device: torch.device) -> nn.Module:
     wrapper = "text_model."  # some versions of transformers have this level, others do not; files likewise
     if any(name.startswith(wrapper) for name in model.state_dict()):
         tensors = {wrapper + name: tensor for name, tensor in tensors.items()}
+    _check(model, tensors, files)
     for module in model.modules():
         if "position_ids" in dict(module.named_buffers(recurse=False)):
             module.position_ids = torch.arange(model.config.max_position_embeddings).expand((1, -1))
@@ -208,11 +210,13 @@ def _empty_model(
     model_class: Callable[[Any], nn.Module],
 ) -> Any:
     """Build the model without memory; the number of layers is checked first, as a wrong one could take for ever."""
+    inner = files.config.get("text_config")
+    named = (inner if isinstance(inner, dict) else files.config).get("num_hidden_layers")
+    stored = len({name.split("layers.", 1)[1].split(".")[0] for name in tensors if "layers." in name})
     try:
+        if named is not None and named != stored:
+            raise ValueError(f"it asks for {named} layers, the weights have {stored}")
         config = text_config()
-        stored = len({name.split("layers.", 1)[1].split(".")[0] for name in tensors if "layers." in name})
-        if config.num_hidden_layers != stored:
-            raise ValueError(f"it asks for {config.num_hidden_layers} layers, the weights have {stored}")
         with torch.device("meta"):
             return model_class(config)
     except Exception as error:  # whatever a foreign config.json makes of it, it is the file that is wrong
@@ -223,11 +227,14 @@ def _empty_model(
         ) from error
 
 
+def _check(model: nn.Module, tensors: dict[str, StoredTensor], files: EncoderFiles) -> None:
+    what = f"the {files.kind.label} model that {files.model / 'config.json'} describes"
+    check_tensors(model, tensors, what, files.kind.field)
+
+
 def _finish(
     model: nn.Module, tensors: dict[str, StoredTensor], files: EncoderFiles, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
-    what = f"the {files.kind.label} model that {files.model / 'config.json'} describes"
-    check_tensors(model, tensors, what, files.kind.field)
     fill_module(model, tensors, device=device, dtype=dtype, field=files.kind.field)
     return model.to(device).eval()
 

@@ -196,7 +196,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _refuse_other_models(weights: Path, config: dict[str, Any]) -> None:
-    info = identify(weights)
+    try:
+        info = identify(weights)
+    except UserError as error:
+        raise UserError(error.message, _FIELD) from error
     if info.kind not in ("vae", "unknown"):
         raise UserError(f"{weights} is not a VAE but: {info.summary}. Give the file of a HunyuanVideo VAE.", _FIELD)
     named = config.get("_class_name", _CLASS)

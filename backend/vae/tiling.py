@@ -1,4 +1,4 @@
-"""How long and large clips are cut for the VAE: explicit numbers, chosen by a fixed rule and stored with what they made."""
+"""How long and large clips are cut for the VAE: explicit numbers, chosen by a fixed rule, stored with the result."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pixel_frames(latents: int) -> int:
 
 @dataclass(frozen=True)
 class Tiling:
-    """Windows in time and tiles in space, in pixels and pixel frames. Coding in pieces gives other numbers than coding whole.
+    """Windows in time and tiles in space, in pixels and pixel frames; coding in pieces changes the numbers.
 
     A clip of more than `temporal_window` + 1 frames is coded in windows of that many frames, `temporal_stride` apart,
     blended linearly where they overlap; shorter clips are coded whole. Frames larger than `spatial_tile` in either

@@ -124,7 +124,9 @@ def copy_of(encoders: Path, tmp_path: Path) -> Callable[..., Path]:
     """Copy the encoders' folder and change it: config keys of Qwen, names of its tensors (None drops one)."""
 
     def make(
-        config: dict[str, Any] | None = None, rename: Callable[[str], str | None] | None = None, part: str = "text_encoder"
+        config: dict[str, Any] | None = None,
+        rename: Callable[[str], str | None] | None = None,
+        part: str = "text_encoder",
     ) -> Path:
         root = tmp_path / "copy"
         shutil.copytree(encoders, root)

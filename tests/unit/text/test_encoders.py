@@ -151,7 +151,9 @@ def test_prompt_of_exactly_the_limit_is_not_cut(encoders) -> None:
     assert encoder.tokenise("a cat runs", size - 1).removed == 1
 
 
-@pytest.mark.parametrize("prompt", ["\n\na cat", " \n a cat", "\t", "<|im_end|>", "<|image_pad|> a cat", "\x00", "a" * 20_000])
+@pytest.mark.parametrize(
+    "prompt", ["\n\na cat", " \n a cat", "\t", "<|im_end|>", "<|image_pad|> a cat", "\x00", "a" * 20_000]
+)
 def test_odd_prompts_encode(encoders, prompt) -> None:
     [text] = encode(qwen(encoders), [prompt])
     assert torch.isfinite(text).all()
@@ -192,7 +194,9 @@ NAMINGS = {
     "new": lambda name: name if "language_model" in name else name.replace("model.", "model.language_model.", 1),
     "without head": lambda name: None if "lm_head" in name else name,
     "language model only": lambda name: (
-        None if "visual" in name or "lm_head" in name else name.replace("model.language_model.", "").replace("model.", "")
+        None
+        if "visual" in name or "lm_head" in name
+        else name.replace("model.language_model.", "").replace("model.", "")
     ),
 }
 
