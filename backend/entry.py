@@ -1,4 +1,4 @@
-"""What every command has in common: parse, open the journal, run, turn whatever happens into events and an exit code."""
+"""What every command has in common: parse, open the journal, run, turn what happens into events and an exit code."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run_entry(
     words = list(sys.argv[1:] if argv is None else argv)
     run_dir = _run_dir_of(words)
     try:
-        journal: EventSink = Journal(run_dir / "events.jsonl") if run_dir else NullJournal()
+        journal = _open_journal(run_dir)
     except (Problems, OSError) as error:
         print(f"The journal in {run_dir} cannot be opened: {error}", file=sys.stderr)
         return Problems.exit_code
@@ -55,6 +55,13 @@ def run_entry(
         return _report(error, journal, reporter, run_dir)
     finally:
         journal.close()
+
+
+def _open_journal(run_dir: Path | None) -> EventSink:
+    if run_dir is None:
+        return NullJournal()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return Journal(run_dir / "events.jsonl")
 
 
 def _run_dir_of(words: Sequence[str]) -> Path | None:

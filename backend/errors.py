@@ -1,4 +1,4 @@
-"""The error family: a person's mistakes exit with 2 and one sentence each, engine faults exit with 1 and name their phase."""
+"""The error family: a person's mistakes exit with 2 and one sentence each, engine faults with 1 and their phase."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from backend.errors import UserError
 
 _SAMPLE_BYTES = 1 << 20
 _SAMPLES = 16
+_NAME_BYTES = 180
 _WEIGHT_SUFFIXES = {".safetensors", ".json", ".txt", ".model"}
 _RESERVED_NAMES = {"CON", "PRN", "AUX", "NUL", *(f"COM{i}" for i in range(1, 10)), *(f"LPT{i}" for i in range(1, 10))}
 
@@ -43,11 +44,12 @@ def atomic_path(final: str | Path) -> Iterator[Path]:
         UserError: the folder cannot be created or written, or the disk is full.
     """
     final = Path(final)
-    temporary = final.with_name(f".{final.stem[:80]}.{uuid.uuid4().hex[:8]}.tmp{final.suffix}")
+    # 20 characters of the stem are at most 80 bytes, so that a long name that fits does not fail by its temporary one.
+    temporary = final.with_name(f".{final.stem[:20]}.{uuid.uuid4().hex[:8]}.tmp{final.suffix}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb") as handle:
+        with open(temporary, "rb+") as handle:  # Windows flushes only files that are open for writing.
             os.fsync(handle.fileno())
         os.replace(temporary, final)
         fsync_folder(final.parent)
@@ -88,23 +90,30 @@ def confine(root: str | Path, path: str | Path) -> Path:
     if "\0" in str(path):
         raise UserError("A path may not hold a NUL byte.")
     base = Path(root).resolve()
-    resolved = (base / path).resolve()
+    try:
+        resolved = (base / path).resolve()
+    except (OSError, RuntimeError):
+        raise UserError(f"{path} cannot be followed: its links lead in a circle. Choose another path.") from None
     if not resolved.is_relative_to(base):
         raise UserError(f"{path} lies outside {base}. Choose a path inside it.")
     return resolved
 
 
 def safe_name(text: str, fallback: str = "clip", length: int = 60) -> str:
-    """Make a file stem that every system accepts from free text: letters, digits, dash and underscore only."""
+    """Make a file stem that every system accepts from free text: letters, digits, dash and underscore only.
+
+    At most `length` characters and 180 bytes of UTF-8, so that numbers and suffixes still fit into a file name.
+    """
     plain = unicodedata.normalize("NFKC", text)
-    name = re.sub(r"[^\w-]+", "-", plain, flags=re.UNICODE).strip("-_. ")[:length].strip("-_. ")
+    name = re.sub(r"[^\w-]+", "-", plain, flags=re.UNICODE).strip("-_. ")[:length]
+    name = name.encode("utf-8", "ignore")[:_NAME_BYTES].decode("utf-8", "ignore").strip("-_. ")
     return fallback if not name or name.upper() in _RESERVED_NAMES else name
 
 
 def existing_parent(path: Path) -> Path:
     """The nearest folder at or above `path` that exists."""
     for candidate in (path, *path.parents):
-        if candidate.is_dir():
+        if os.path.isdir(candidate):
             return candidate
     return Path(path.anchor or ".")
 
@@ -123,10 +132,17 @@ def require_free_space(folder: str | Path, needed_bytes: int, field: str | None 
 def check_writable(path: Path, field: str | None = None) -> None:
     """Raise a UserError when a file at `path` could not be created: its folder is missing rights or is no folder."""
     parent = existing_parent(path.absolute().parent)
-    blocker = next((p for p in (path.absolute().parent, *path.absolute().parent.parents) if p.exists()), parent)
-    if not blocker.is_dir():
+    blocker = next((p for p in path.absolute().parents if os.path.exists(p)), parent)
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{path.name[:40]}... is too long for a file name. Choose a shorter one.", field) from None
+    if not os.path.isdir(blocker):
         raise UserError(f"{path} cannot be written: {blocker} is a file, not a folder. Choose another path.", field)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{path} is a folder. Give a file name.", field)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"{path} cannot be written: no permission in {parent}. Choose another folder.", field)

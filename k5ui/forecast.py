@@ -52,9 +52,9 @@ def forecast(options: GenerateOptions, past: Iterable[PastRun], gpu: bool) -> di
     """The facts about a request, as far as they follow from it; a key is None where that is unknown.
 
     Keys: clips; seconds (of one clip), frames, latent_frames, width, height, fps, tokens (of one denoising pass),
-    steps, passes (network calls of one clip); notices (sentences); disk_bytes (rough); memory_bytes (a lower bound: largest
-    model part and one layer's activations); weights (part -> one line); expected_seconds (low and high of equal runs
-    before), expected_runs (how many those are). `gpu` tells which number format is the default.
+    steps, passes (network calls of one clip); notices (sentences); disk_bytes (rough); memory_bytes (a lower bound:
+    largest model part and one layer's activations); weights (part -> one line); expected_seconds (low and high of equal
+    runs before), expected_runs (how many those are). `gpu` tells which number format is the default.
     """
     try:
         plan: Plan | None = plan_clips(options, "unused")

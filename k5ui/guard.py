@@ -52,6 +52,9 @@ CLOSED_ROUTES = (
     "/gradio_api/vibe-",
     "/gradio_api/undo-vibe-edit",
     "/gradio_api/mcp",
+    "/gradio_api/startup-events",
+    "/gradio_api/openapi.json",
+    "/openapi.json",
     "/monitoring",
     "/login",
 )

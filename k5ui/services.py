@@ -1,4 +1,4 @@
-"""Everything that the page can ask for, without Gradio: submit, check, stop, list, remember. Passed on, never global."""
+"""Everything that the page can ask for, without Gradio: submit, check, stop, list, remember. No globals."""
 
 from __future__ import annotations
 

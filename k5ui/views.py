@@ -49,7 +49,7 @@ class RunPages:
         self._asked: OrderedDict[str, _Asked] = OrderedDict()
 
     def options_of(self, run: Run) -> dict[str, Any]:
-        """The options of a run as plain values; empty if its file is missing or damaged. Read once, it never changes."""
+        """The options of a run as plain values, read once; empty if its file is missing or damaged."""
         with self._guard:
             known = self._asked.get(run.id)
         if known is None:
@@ -85,7 +85,7 @@ class RunPages:
         return self.summary(run, view) | extra | {"options_toml": text}
 
     def outputs(self, view: RunView) -> list[dict[str, Any]]:
-        """What the run has made and the page can show, oldest first; files that are gone or lie elsewhere are left out."""
+        """What the run has made and the page can show, oldest first; files that are gone or elsewhere are left out."""
         shown = (self.output(view.id, sample) for sample in view.outputs)
         return [output for output in shown if output is not None]
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from backend.config.checkpoint import KNOWN_ARCHITECTURES, CheckpointInfo, compare_with_task, identify, read_header
 from backend.config.generate import GenerateOptions
-from backend.config.prompts import Plan, plan_clips
+from backend.config.prompts import ClipRequest, Plan, plan_clips
 from backend.config.tasks import TASKS, TaskPreset, WeightPaths, default_weights
 from backend.errors import Problem, Problems, UserError
-from backend.files import check_writable
+from backend.files import check_writable, require_free_space
 
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
+_SPARE_BYTES = 1_000_000
 _KIND_WORDS = {
     "dit": "a DiT",
     "vae": "a VAE",
@@ -36,7 +38,7 @@ def weight_paths(options: GenerateOptions) -> WeightPaths:
 
 def is_hub_name(path: str) -> bool:
     """Whether `path` names a repository of a model hub (`Qwen/Qwen2.5-VL-7B-Instruct`) and nothing on this disk."""
-    return bool(_HUB_NAME.match(path)) and not Path(path).exists()
+    return bool(_HUB_NAME.match(path)) and not os.path.exists(path)
 
 
 def check_generate(options: GenerateOptions, run_dir: str | Path | None = None) -> list[Problem]:
@@ -50,7 +52,7 @@ def check_generate(options: GenerateOptions, run_dir: str | Path | None = None) 
     problems += _check_loras(options)
     if options.latent_path is not None:
         problems += _check_latent_file(options.latent_path)
-    if options.text_cache_dir is not None and Path(options.text_cache_dir).is_file():
+    if options.text_cache_dir is not None and os.path.isfile(options.text_cache_dir):
         problems.append(Problem("text_cache_dir", f"{options.text_cache_dir} is a file. Give a folder."))
     return list(dict.fromkeys(problems))
 
@@ -92,7 +94,7 @@ def _check_weight(
         return [Problem(field, f"is missing. Give the path of {example} for {task.name}.")]
     if field.startswith("text_encoder") and is_hub_name(path):
         return []
-    if not Path(path).exists():
+    if not os.path.exists(path):
         return [Problem(field, f"{path} does not exist. Check the path.")]
     try:
         info = identify(path)
@@ -116,7 +118,7 @@ def _check_loras(options: GenerateOptions) -> list[Problem]:
             )
         )
     for path in options.lora_weight:
-        if not Path(path).is_file():
+        if not os.path.isfile(path):
             problems.append(Problem("lora_weight", f"{path} does not exist. Check the path."))
             continue
         try:
@@ -132,7 +134,7 @@ def _check_loras(options: GenerateOptions) -> list[Problem]:
 
 
 def _check_latent_file(path: str) -> list[Problem]:
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         return [Problem("latent_path", f"{path} does not exist. Check the path.")]
     try:
         header = read_header(path)
@@ -149,10 +151,21 @@ def _check_latent_file(path: str) -> list[Problem]:
 
 
 def _check_outputs(plan: Plan) -> list[Problem]:
-    problems = []
-    for folder_or_file in {clip.output for clip in plan.clips}:
+    """One look at each folder: may a file be created there, and does the disk hold all that will be written?"""
+    folders: dict[Path, list[ClipRequest]] = {}
+    for clip in plan.clips:
+        folders.setdefault(clip.output.parent, []).append(clip)
+    problems: list[Problem] = []
+    for folder, clips in folders.items():
         try:
-            check_writable(folder_or_file, "output")
+            check_writable(clips[0].output, "output")
+            require_free_space(folder, sum(map(_bytes_needed, clips)) + _SPARE_BYTES, "output")
         except UserError as error:
             problems += error.problems
     return problems
+
+
+def _bytes_needed(clip: ClipRequest) -> int:
+    """An upper estimate: half a byte a pixel and frame for a clip, three for images, which are stored without loss."""
+    pixels = clip.frames * clip.width * clip.height
+    return 3 * pixels if clip.options.output_type == "images" or clip.frames == 1 else pixels // 2

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from backend.config.options import Options, option
 from backend.config.tasks import TASKS
 
-TaskName = Literal[tuple(TASKS)]  # type: ignore[valid-type]
+if TYPE_CHECKING:
+    TaskName = str
+else:  # Checkers cannot read choices that come from a table.
+    TaskName = Literal[tuple(TASKS)]
 OutputType = Literal["video", "images", "latent", "both"]
 ImageFormat = Literal["png", "webp"]
 Attention = Literal["auto", "sdpa", "flash_attn", "flash3", "sage_attn", "xformers"]

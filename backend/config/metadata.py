@@ -1,16 +1,22 @@
 """The settings inside a file that this project made: how they are spelled and how they are read back.
 
 One JSON object under the key `k5_settings`: in the tags of an MP4, a text chunk of a PNG, the EXIF UserComment of a
-WebP, the metadata of a safetensors file. `{"version": 1, "program": ..., "options": {...}, "seed": ..., "width": ..., ...}`.
+WebP, the metadata of a safetensors file: `{"version": 1, "program": ..., "options": {...}, "seed": ..., ...}`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from backend.config.images import open_image
 from backend.errors import UserError
 
 SETTINGS_KEY = "k5_settings"
@@ -39,7 +45,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         ".webp": _from_webp,
         ".safetensors": _from_safetensors,
     }
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path.name} does not exist. Choose another file.")
     reader = readers.get(path.suffix.lower())
     if reader is None:
@@ -48,7 +54,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if not text:
         raise UserError(f"{path.name} carries no settings. Only files made by K5 Studio do.")
     try:
-        settings = json.loads(text) if len(text) <= _MAX_SETTINGS_BYTES else None
+        settings = json.loads(text, parse_constant=_refuse) if len(text) <= _MAX_SETTINGS_BYTES else None
     except (ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict) or not isinstance(settings.get("options"), dict):
@@ -56,33 +62,40 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     return settings
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a number")
+
+
 def _from_video(path: Path) -> str:
     # Imported here: the page starts without PyAV.
     import av
+    from av.error import FFmpegError
 
     try:
-        with av.open(str(path)) as container:
+        # The format is fixed: FFmpeg would take a playlist under this name for what it is, and open what it names.
+        with av.open(str(path), format="mp4") as container:
             return container.metadata.get(SETTINGS_KEY, "")
-    except (av.FFmpegError, OSError, ValueError):
+    except (FFmpegError, OSError, ValueError):
         raise UserError(f"{path.name} is not a video that can be read. Choose another file.") from None
 
 
-def _open_image(path: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
+@contextmanager
+def _opened_image(path: Path) -> Iterator[Image.Image]:
     try:
-        return Image.open(path)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+        with open_image(path) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError, LookupError, TypeError, struct.error, Image.DecompressionBombError):
         raise UserError(f"{path.name} is not an image that can be read. Choose another file.") from None
 
 
 def _from_png(path: Path) -> str:
-    with _open_image(path) as image:
-        return str(getattr(image, "text", {}).get(SETTINGS_KEY, ""))
+    with _opened_image(path) as image:
+        # `info` holds the texts in front of the pixels; `text` would decode the whole image first.
+        return str(image.info.get(SETTINGS_KEY, ""))
 
 
 def _from_webp(path: Path) -> str:
-    with _open_image(path) as image:
+    with _opened_image(path) as image:
         comment = image.getexif().get_ifd(EXIF_IFD).get(EXIF_USER_COMMENT, b"")
     text = comment.decode("ascii", "replace") if isinstance(comment, bytes) else str(comment)
     text = text.removeprefix("ASCII\0\0\0")

@@ -156,22 +156,25 @@ def from_mapping(model: type[OptionsModel], values: Mapping[str, Any]) -> Option
     known = {spec.name: spec for spec in specs(model)}
     problems: list[Problem] = []
     clean: dict[str, Any] = {}
+    switches = {switch: spec for spec in known.values() for switch in spec.switches}
     for key, value in values.items():
-        switch = next((spec for spec in known.values() if key in spec.switches), None)
-        if switch is not None:
-            problems += _apply_switch(switch, key, value, clean)
-        elif key in known:
+        if key in known:
             clean[key] = value
-        else:
+        elif key not in switches:
             problems.append(Problem(key, f"is not an option.{did_you_mean(key, known)}"))
+    for key in [key for key in values if key in switches]:
+        problems += _apply_switch(switches[key], key, values[key], clean)
     try:
         options = model.model_validate(clean)
     except ValidationError as error:
         problems += [_problem(details) for details in error.errors(include_url=False)]
         raise Problems(problems) from None
     for key, value in clean.items():
-        if any(item == "--" for item in (value if isinstance(value, list) else [value])):
+        items = value if isinstance(value, list) else [value]
+        if "--" in items:
             problems.append(Problem(key, "'--' is not a value. Write something else."))
+        if any(isinstance(item, str) and "\0" in item for item in items):
+            problems.append(Problem(key, "holds a NUL character, which no command line and no path can. Remove it."))
     if problems:
         raise Problems(problems)
     return options
@@ -192,7 +195,8 @@ def _apply_switch(spec: OptionSpec, key: str, value: Any, clean: dict[str, Any])
 def did_you_mean(name: str, known: Mapping[str, OptionSpec]) -> str:
     """' Did you mean X?' for a name that is close to a known option, alias or switch, else an empty string."""
     names = [*known, *(extra for spec in known.values() for extra in (*spec.aliases, *spec.switches))]
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    alias = next((spec.name for spec in known.values() if name in spec.aliases), None)
+    close = [alias] if alias else difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f" Did you mean {close[0]}?" if close else ""
 
 
@@ -279,7 +283,7 @@ def parse_command_line(model: type[OptionsModel], argv: Sequence[str], program: 
     Raises:
         Problems: unknown flags, unreadable file, wrong or missing values, values out of bounds.
     """
-    if any(word.startswith("--") and word.endswith("=--") for word in argv):
+    if any(word.startswith("--") and word.partition("=")[2] == "--" for word in argv):
         raise UserError("'--' is not a value. Write something else after the '='.")
     namespace, unknown = build_parser(model, program, description).parse_known_args(list(argv))
     given = vars(namespace)
@@ -369,7 +373,7 @@ def load_toml(path: str | Path, field: str | None = None) -> dict[str, Any]:
         document = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}. Check the path.", field) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # Not TOML, not UTF-8, or a number of thousands of digits.
         raise UserError(f"{path} is not valid TOML: {error}.", field) from None
     flat: dict[str, Any] = {}
     for key, value in document.items():

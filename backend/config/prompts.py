@@ -17,6 +17,7 @@ from typing import Any
 from backend.config.generate import GenerateOptions
 from backend.config.images import image_size, size_for_image
 from backend.config.options import from_mapping
+from backend.config.safetensors_header import read_header
 from backend.config.tasks import DEFAULT_NEGATIVE_PROMPT, TASKS, TaskPreset, valid_frames
 from backend.errors import Problem, Problems, UserError
 from backend.files import safe_name
@@ -52,6 +53,7 @@ _OVERRIDES = (
 )  # fmt: skip
 _INTEGERS = {"width", "height", "frames", "fps", "seed", "steps"}
 _NUMBERS = {"guidance", "scheduler_scale"}
+_FILE_SUFFIXES = {".mp4", ".png", ".webp", ".safetensors"}
 _CONTROL_KEYS = {"cn", "ci", "of", "control_video_path", "control_image_path", "one_frame"}
 
 
@@ -95,6 +97,8 @@ def plan_clips(options: GenerateOptions, run_dir: str | Path | None = None) -> P
         entries, problems = read_prompt_file(options.from_file)
     if options.prompt is not None and options.from_file is not None:
         problems.append(Problem("prompt", "--prompt and --from_file exclude each other. Choose one."))
+    if options.latent_path is not None and options.from_file is not None:
+        problems.append(Problem("latent_path", "--latent_path and --from_file exclude each other. Choose one."))
     clips: list[ClipRequest] = []
     notices: dict[Problem, None] = {}
     base = options.model_dump()
@@ -125,14 +129,14 @@ def _settle(
     width, height, size_problems = _settle_size(options, task)
     problems += size_problems
     frames = task.frames if options.frames is None else options.frames
+    if options.latent_path is not None:
+        frames = _frames_of_latents(options.latent_path) or frames
     if frames != valid_frames(frames):
+        fitting = valid_frames(frames)
         notices.append(
-            Problem(
-                "frames",
-                f"{frames} is not 4n + 1; {valid_frames(frames)} frames will be made (next: {valid_frames(frames) + 4}).",
-            )
+            Problem("frames", f"{frames} is not 4n + 1; {fitting} frames will be made (next: {fitting + 4}).")
         )
-        frames = valid_frames(frames)
+        frames = fitting
     if options.image_last and frames < 5:
         problems.append(Problem("frames", "a first and a last frame need at least 5 frames."))
     if task.fixed_size and (width, height) != (task.width, task.height):
@@ -167,6 +171,15 @@ def _settle(
     return clip, notices
 
 
+def _frames_of_latents(path: str) -> int | None:
+    """Pixel frames that a latent file decodes to, from its header; None when it is not one (reported elsewhere)."""
+    try:
+        tensor = read_header(path).tensors.get("latent")
+    except UserError:
+        return None
+    return 4 * (tensor.shape[1] - 1) + 1 if tensor is not None and len(tensor.shape) == 4 else None
+
+
 def _check_prompt_and_images(options: GenerateOptions, task: TaskPreset) -> tuple[list[Problem], list[Problem]]:
     problems: list[Problem] = []
     notices: list[Problem] = []
@@ -189,16 +202,16 @@ def _check_prompt_and_images(options: GenerateOptions, task: TaskPreset) -> tupl
 
 def _settle_size(options: GenerateOptions, task: TaskPreset) -> tuple[int, int, list[Problem]]:
     problems: list[Problem] = []
+    sizes: dict[str, tuple[int, int]] = {}
     for name in ("image", "image_last"):
         path = getattr(options, name)
         if path and task.mode == "i2v" and options.latent_path is None:
             try:
-                size = image_size(path, name)
+                sizes[name] = image_size(path, name)
             except UserError as error:
                 problems += error.problems
-                continue
-            if name == "image" and options.width is None and options.height is None and not task.fixed_size:
-                return *size_for_image(*size, task.max_area, task.size_multiple), problems
+    if "image" in sizes and options.width is None and options.height is None and not task.fixed_size:
+        return *size_for_image(*sizes["image"], task.max_area, task.size_multiple), problems
     width, height = options.width or task.width, options.height or task.height
     for name, value in (("width", width), ("height", height)):
         nearest = max(1, round(value / task.size_multiple)) * task.size_multiple
@@ -225,7 +238,7 @@ def _settle_output(
         return Path(run_dir) / "outputs" / name, []
     output = Path(options.output)
     if index is not None:
-        if output.suffix:
+        if output.suffix.lower() in _FILE_SUFFIXES:
             return output, [
                 Problem("output", f"with --from_file this is a folder, but {output.name} looks like a file.")
             ]
@@ -283,7 +296,8 @@ def read_prompt_file(path: str | Path) -> tuple[list[tuple[str, dict[str, Any]]]
 
 def _read_lines(text: str) -> tuple[list[tuple[str, dict[str, Any]]], list[Problem]]:
     entries, problems = [], []
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Reading has turned every line end into \n; splitlines would also cut at rare characters inside a prompt.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         overrides, complaints = parse_prompt_line(line)
@@ -299,7 +313,7 @@ def parse_prompt_line(line: str) -> tuple[dict[str, Any], list[str]]:
     overrides: dict[str, Any] = {"prompt": head.strip()}
     complaints = [] if head.strip() else ["there is no prompt before the first --."]
     for part in parts:
-        key, _, value = part.strip().partition(" ")
+        key, value = (*part.split(None, 1), "")[:2]
         name = _LINE_KEYS.get(key)
         if key in _CONTROL_KEYS:
             complaints.append(f"--{key} belongs to control models, which Kandinsky 5 has not. Remove it.")
@@ -344,7 +358,7 @@ def _read_table(table: Any, defaults: dict[str, Any], place: str) -> tuple[dict[
 def _read_toml(text: str) -> tuple[list[tuple[str, dict[str, Any]]], list[Problem]]:
     try:
         document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         return [], [Problem("from_file", f"is not valid TOML: {error}.")]
     prompt = document.get("prompt")
     if not isinstance(prompt, dict):

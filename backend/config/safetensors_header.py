@@ -15,6 +15,7 @@ from backend.errors import UserError
 MAX_HEADER_BYTES = 100_000_000
 MAX_INDEX_BYTES = 100_000_000
 MAX_DIMENSIONS = 16
+PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 INDEX_SUFFIX = ".safetensors.index.json"
 # Bits of one element of each number format of the safetensors specification.
 DTYPE_BITS = {
@@ -163,9 +164,10 @@ def _read_one(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str], int]:
         raise UserError(f"{file} is not a regular file. Give a .safetensors file or a folder that holds one.")
     with open(file, "rb") as handle:
         size = os.fstat(handle.fileno()).st_size
-        start = handle.read(8)
+        start = handle.read(9)
         _refuse_other_formats(file, start, size)
-        length = struct.unpack("<Q", start)[0]
+        length = struct.unpack("<Q", start[:8])[0]
+        handle.seek(8)
         if length > MAX_HEADER_BYTES:
             raise UserError(
                 f"{file} claims a header of {length} bytes; it is not a safetensors file, or it is damaged."
@@ -186,7 +188,10 @@ def _read_one(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str], int]:
 def _refuse_other_formats(file: Path, start: bytes, size: int) -> None:
     if size == 0:
         raise UserError(f"{file} is empty. Download it again.")
-    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80" or file.suffix.lower() in (".pt", ".pth", ".ckpt", ".bin"):
+    if start[8:] == b"{":
+        # The length before the JSON may begin with any bytes, those of other formats too.
+        return
+    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80" or file.suffix.lower() in PICKLE_SUFFIXES:
         raise UserError(f"{file} is a pickle checkpoint: {_PICKLE_REASON}")
     if start[:4] == b"GGUF":
         raise UserError(f"{file} is a GGUF file, which this project does not read. Use the .safetensors version.")

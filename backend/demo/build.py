@@ -1,8 +1,8 @@
-"""Rebuild the demo model from nothing: python -m backend.demo.build [--stage NAME] [--minutes N] [--work DIR] [--out DIR].
+"""Rebuild the demo model: python -m backend.demo.build [--stage NAME] [--minutes N] [--work DIR] [--out DIR].
 
-Stages, in order: text, captions, vae-images, vae-decoder, encode, transformer, export.  A finished stage is skipped, an
-interrupted one goes on from its last checkpoint; naming a stage runs it again (from its own last weights, so training can
-be continued).  Everything happens in the work folder; only `export` writes the weights.
+Stages, in order: text, captions, vae-images, vae-decoder, encode, transformer, export. A finished stage is skipped, an
+interrupted one goes on from its last checkpoint; naming a stage runs it again, from its own last weights, so training
+can be continued. Everything happens in the work folder; only `export` writes the weights.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo, Kandinsky5Transformer3DModel
 
 from backend.config.tasks import DEFAULT_NEGATIVE_PROMPT, DEMO_WEIGHTS
-from backend.demo.dataset import CaptionEncoder, CaptionTable, encode_shard, every_caption
+from backend.demo.dataset import CaptionTable, encode_shard, every_caption
 from backend.demo.text_models import build_text_models
 from backend.demo.train_dit import DitSettings, new_transformer, train_transformer
 from backend.demo.train_vae import VaeStage, assess, new_vae, train_decoder, train_images
@@ -59,7 +59,7 @@ class Builder:
         return vae
 
     def text(self) -> None:
-        """Tokenizers and frozen encoders; also the spelling that diffusers corrected, so its template has its real length."""
+        """Tokenizers and frozen encoders; diffusers' corrected spelling is learned too, so its template fits as well."""
         if self.start:
             for name in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"):
                 shutil.copytree(self.start / name, self.work / "text" / name, dirs_exist_ok=True)
@@ -68,9 +68,7 @@ class Builder:
 
     def captions(self) -> None:
         """Embed every caption of the grammar with the official video template."""
-        encoder = CaptionEncoder(self.work / "text", VIDEO.text, VIDEO.crop)
-        texts = [*NO_TEXT, *every_caption()]
-        CaptionTable(dict(zip(texts, encoder(texts), strict=True))).save(self.work / "captions.safetensors")
+        CaptionTable.embed([*NO_TEXT, *every_caption()], self.work / "text").save(self.work / "captions.safetensors")
 
     def vae_images(self) -> None:
         """First VAE stage."""
@@ -98,7 +96,9 @@ class Builder:
         """Train the transformer on the shards."""
         folder = self.weights("transformer", "transformer")
         model = (
-            Kandinsky5Transformer3DModel.from_pretrained(folder, torch_dtype=torch.float32) if folder else new_transformer()
+            Kandinsky5Transformer3DModel.from_pretrained(folder, torch_dtype=torch.float32)
+            if folder
+            else new_transformer()
         )
         captions = CaptionTable.load(self.work / "captions.safetensors")
         settings = DitSettings(seconds=self.seconds("transformer"))

@@ -22,7 +22,12 @@ COLORS: dict[str, Color] = {
     "cyan": (50, 210, 220),
     "white": (245, 245, 245),
 }
-BACKGROUNDS: dict[str, Color] = {"black": (10, 10, 10), "gray": (128, 128, 128), "navy": (20, 25, 80), "beige": (235, 220, 180)}
+BACKGROUNDS: dict[str, Color] = {
+    "black": (10, 10, 10),
+    "gray": (128, 128, 128),
+    "navy": (20, 25, 80),
+    "beige": (235, 220, 180),
+}
 SHAPES = ("circle", "square", "triangle", "star")
 MOTIONS = ("left", "right", "up", "down", "grow", "shrink")
 SIZES = ("small", "big")
@@ -32,7 +37,14 @@ NEW_COLORS: dict[str, Color] = {"lime": (170, 255, 60)}
 
 CAPTION_STYLES = 4
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-_VERBS = {"left": "moves left", "right": "moves right", "up": "moves up", "down": "moves down", "grow": "grows", "shrink": "shrinks"}
+_VERBS = {
+    "left": "moves left",
+    "right": "moves right",
+    "up": "moves up",
+    "down": "moves down",
+    "grow": "grows",
+    "shrink": "shrinks",
+}
 _GERUNDS = {
     "left": "moving left",
     "right": "moving right",
@@ -47,7 +59,7 @@ _RADII: dict[str | None, tuple[float, float]] = {"small": (0.175, 0.19), None: (
 
 @dataclass(frozen=True)
 class ClipSpec:
-    """What a clip shows: words of COLORS, SHAPES (or NEW_SHAPES), MOTIONS, BACKGROUNDS, and SIZES or None for the usual size."""
+    """What a clip shows, in words of COLORS, SHAPES (or NEW_SHAPES), MOTIONS, BACKGROUNDS; SIZES, or None: usual."""
 
     color: str
     shape: str
@@ -98,8 +110,10 @@ def _polygon_distance(x: torch.Tensor, y: torch.Tensor, corners: Sequence[tuple[
     return torch.where(inside, -distance, distance)
 
 
-def shape_distance(shape: str, x: torch.Tensor, y: torch.Tensor, corners: Sequence[tuple[float, float]] | None = None) -> torch.Tensor:
-    """Signed distance to a shape centred at 0, in units of its radius; negative inside.  `corners` overrides the named shape."""
+def shape_distance(
+    shape: str, x: torch.Tensor, y: torch.Tensor, corners: Sequence[tuple[float, float]] | None = None
+) -> torch.Tensor:
+    """Signed distance to a shape centred at 0, in units of its radius; negative inside. `corners` replaces the shape."""
     if corners is None and shape == "circle":
         return (x * x + y * y).sqrt() - 0.95
     if corners is None and shape == "ring":
@@ -118,7 +132,7 @@ def coverage(
     angle: torch.Tensor | None = None,
     corners: Sequence[tuple[float, float]] | None = None,
 ) -> torch.Tensor:
-    """How much of each pixel a shape covers: centers and radius [F] in pixels -> [F, height, width] in 0..1, one-pixel edges."""
+    """How much of each pixel a shape covers: centers and radius [F] in pixels -> [F, height, width] in 0..1."""
     rows, columns = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     scale = radius.view(-1, 1, 1)
     x = (columns - center_x.view(-1, 1, 1)) / scale
@@ -146,17 +160,19 @@ def track(
     """Path of a shape: centers x, y and radius, each [frames] in pixels.
 
     Low entropy on purpose: "moves left" always crosses the middle with a small jitter, so the caption nearly fixes the
-    layout and a tiny transformer can learn it.  The shape stays inside the picture.
+    layout and a tiny transformer can learn it. The shape stays inside the picture.
     """
     start = rng.uniform(*_RADII[size])
     time = torch.linspace(0, 1, frames) if frames > 1 else torch.full((1,), 0.5)
-    x = torch.full((frames,), 0.5 + rng.uniform(-0.03, 0.03))
-    y = torch.full((frames,), 0.5 + rng.uniform(-0.03, 0.03))
+    step_x, step_y = DIRECTIONS.get(motion, (0, 0))
+    x = torch.full((frames,), 0.5 + rng.uniform(-0.03, 0.03) * (step_x == 0))
+    y = torch.full((frames,), 0.5 + rng.uniform(-0.03, 0.03) * (step_y == 0))
     radius = torch.full((frames,), start)
     if motion in DIRECTIONS:
-        reach = min(0.23, 0.46 - start) + rng.uniform(-0.02, 0.02)
-        x = x + DIRECTIONS[motion][0] * (2 * time - 1) * reach
-        y = y + DIRECTIONS[motion][1] * (2 * time - 1) * reach
+        # The tips of a star reach 1.15 radii.
+        reach = min(0.23, 0.495 - 1.15 * start) - rng.uniform(0, 0.02)
+        x = x + step_x * (2 * time - 1) * reach
+        y = y + step_y * (2 * time - 1) * reach
     elif motion in ("grow", "shrink"):
         growth = 0.65 + 0.6 * (time if motion == "grow" else 1 - time)
         radius = start * growth
@@ -203,7 +219,7 @@ def caption(spec: ClipSpec, style: int = 0) -> str:
 
 
 def parse_caption(text: str) -> ClipSpec:
-    """Read a caption of the grammar back into its spec.  Raises ValueError when a word of the grammar is missing."""
+    """Read a caption of the grammar back into its spec. Raises ValueError when a word of the grammar is missing."""
     words = text.lower().replace(",", " ").replace(".", " ").split()
 
     def find(known: Sequence[str], what: str) -> str:
@@ -215,7 +231,9 @@ def parse_caption(text: str) -> ClipSpec:
     before = [word for word in words if word in BACKGROUNDS]
     if not before:
         raise ValueError(f"The caption names no background: {text!r}")
-    motions = {form: motion for motion in MOTIONS for form in (_VERBS[motion].split()[-1], _GERUNDS[motion].split()[-1])}
+    motions = {
+        form: motion for motion in MOTIONS for form in (_VERBS[motion].split()[-1], _GERUNDS[motion].split()[-1])
+    }
     return ClipSpec(
         color=find([*COLORS, *NEW_COLORS], "colour"),
         shape=find([*SHAPES, *NEW_SHAPES], "shape"),
@@ -226,7 +244,7 @@ def parse_caption(text: str) -> ClipSpec:
 
 
 def balanced_specs(count: int, rng: random.Random) -> list[ClipSpec]:
-    """`count` random specs in which every colour, shape, motion and background comes up equally often (give or take one)."""
+    """`count` random specs; every colour, shape, motion and background comes up equally often (give or take one)."""
 
     def deck(values: Sequence[str]) -> list[str]:
         cards = [values[i % len(values)] for i in range(count)]

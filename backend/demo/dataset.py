@@ -13,42 +13,23 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from backend.demo.clips import BACKGROUNDS, CAPTION_STYLES, COLORS, MOTIONS, SHAPES, SIZES, ClipSpec, caption, draw, random_spec
+from backend.demo.clips import (
+    BACKGROUNDS,
+    CAPTION_STYLES,
+    COLORS,
+    MOTIONS,
+    SHAPES,
+    SIZES,
+    ClipSpec,
+    caption,
+    draw,
+    random_spec,
+)
 from backend.files import atomic_path
+from backend.text.embed import embed_prompts
 
 Embedding = tuple[torch.Tensor, torch.Tensor]
-
-
-class CaptionEncoder:
-    """The demo's two text encoders: captions -> (tokens [S, 128] after the template's crop, pooled [64]), float32."""
-
-    def __init__(self, weights: Path, template: str, crop: int) -> None:
-        self.template, self.crop = template, crop
-        self.tokenizer = AutoTokenizer.from_pretrained(weights / "tokenizer")
-        self.clip_tokenizer = CLIPTokenizer.from_pretrained(weights / "tokenizer_2")
-        qwen = Qwen2_5_VLForConditionalGeneration.from_pretrained(weights / "text_encoder", dtype=torch.float32)
-        self.qwen = qwen.eval().requires_grad_(False)
-        clip = CLIPTextModel.from_pretrained(weights / "text_encoder_2", dtype=torch.float32)
-        self.clip = clip.eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def __call__(self, captions: list[str]) -> list[Embedding]:
-        """Embed captions; equal lengths share a batch, so nothing is ever padded."""
-        ids = [self.tokenizer(self.template.format(text))["input_ids"] for text in captions]
-        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-        tokens: dict[int, torch.Tensor] = {}
-        for _, same in itertools.groupby(order, key=lambda index: len(ids[index])):
-            for chunk in _chunks(list(same), 64):
-                batch = torch.tensor([ids[index] for index in chunk])
-                hidden = self.qwen(input_ids=batch, output_hidden_states=True)["hidden_states"][-1]
-                tokens.update(zip(chunk, hidden[:, self.crop :].clone(), strict=True))
-        pooled = []
-        for chunk in _chunks(captions, 256):
-            inputs = self.clip_tokenizer(chunk, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-            pooled.append(self.clip(**inputs)["pooler_output"])
-        return [(tokens[index], vector) for index, vector in enumerate(torch.cat(pooled))]
 
 
 def _chunks(items: list, size: int) -> list[list]:
@@ -62,10 +43,22 @@ def every_caption() -> list[str]:
 
 
 class CaptionTable:
-    """Embeddings of captions, kept in one file per encoder and template."""
+    """Embeddings of captions: (tokens [S, 128] after the template's crop, pooled [64]), float32."""
 
     def __init__(self, embeddings: dict[str, Embedding]) -> None:
         self.embeddings = embeddings
+
+    @classmethod
+    def embed(cls, texts: list[str], weights: Path) -> "CaptionTable":
+        """Embed texts exactly as generation does, with the text encoders of a weights folder, in float32."""
+        embeds = embed_prompts(
+            texts,
+            qwen=weights / "text_encoder",
+            clip=weights / "text_encoder_2",
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+        )
+        return cls({text: (one.text, one.pooled) for text, one in zip(texts, embeds, strict=True)})
 
     def __getitem__(self, text: str) -> Embedding:
         return self.embeddings[text]
@@ -96,9 +89,9 @@ class CaptionTable:
 
 @torch.no_grad()
 def encode_shard(vae: AutoencoderKLHunyuanVideo, path: Path, count: int, frames: int, seed: int) -> None:
-    """Draw and encode `count` random clips -> a shard: latents [N, F', 8, 8, 16] and first [N, 1, 8, 8, 16], both scaled.
+    """Draw and encode `count` random clips into a shard: latents [N, F', 8, 8, 16] and first [N, 1, 8, 8, 16].
 
-    `first` is the first frame encoded alone, as image-to-video gives it.
+    Both are scaled; `first` is the first frame encoded alone, as image-to-video gives it.
     """
     rng = random.Random(seed)
     specs = [random_spec(rng) for _ in range(count)]

@@ -1,7 +1,7 @@
 """Say what a clip shows: an objective measure that knows the grammar's words but not the model.
 
-Colour and background are the nearest named colours of the foreground and of the border; motion is the shift of the centre
-or the change of the area; the shape is the best fitting drawn template.
+Colour and background are the nearest named colours of the foreground and of the border; motion is the shift of the
+centre or the change of the area; the shape is the best fitting drawn template.
 """
 
 from collections.abc import Mapping, Sequence
@@ -72,7 +72,7 @@ def _motion(mask: torch.Tensor) -> tuple[str, float, float, float]:
 
 
 def _overlap(mask: torch.Tensor, shape: str) -> float:
-    """Best soft overlap (sum of minima over sum of maxima) of one frame's mask [H, W] with templates of a shape of about its area."""
+    """Best soft overlap (sum of minima / sum of maxima) of a mask [H, W] with templates of a shape of about its area."""
     height, width = mask.shape
     area = mask.sum()
     x = float((mask.sum(0) * (torch.arange(width) + 0.5)).sum() / area)
@@ -95,7 +95,7 @@ def measure(
     shapes: Sequence[str] = SHAPES,
     colors: Mapping[str, Color] | None = None,
 ) -> Measurement:
-    """Measure a clip, uint8 [F, H, W, 3]; `shapes` and `colors` are the words to choose from (colours: also those a LoRA may bring)."""
+    """Measure a clip, uint8 [F, H, W, 3]; `shapes` and `colors` are the words to choose from (None: all colours)."""
     frames = _as_frames(video)
     ground = _border_color(frames)
     contrast = (frames - ground).norm(dim=-1)
@@ -125,7 +125,9 @@ def measure(
     )
 
 
-def scores(videos: Sequence[torch.Tensor | np.ndarray], specs: Sequence[ClipSpec]) -> tuple[dict[str, float], list[Measurement]]:
+def scores(
+    videos: Sequence[torch.Tensor | np.ndarray], specs: Sequence[ClipSpec]
+) -> tuple[dict[str, float], list[Measurement]]:
     """Share of clips whose colour, shape, motion, background and all of them are right, and each clip's measurement."""
     seen = [measure(video) for video in videos]
     right = {

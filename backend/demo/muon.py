@@ -1,6 +1,6 @@
 """Muon for weight matrices, Adam for everything else: trains tiny models in few steps on a CPU.
 
-Muon keeps a momentum of the gradients and applies its nearest semi-orthogonal matrix, found by Newton-Schulz iterations.
+Muon keeps a momentum of the gradients and applies its nearest semi-orthogonal matrix, found by Newton-Schulz steps.
 """
 
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ def orthogonalize(matrix: torch.Tensor, iterations: int = 4) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for `matrices` (2 or more dimensions), Adam for `others`; `matrix_rms` is the size of one Muon update at rate 1.
+    """Muon for `matrices` (2 or more dimensions), Adam for `others`; `matrix_rms` sets the size of a Muon update.
 
     matrix_rms "fan": 0.2 * sqrt(longer side), the size that matches Adam's updates (for transformers);
     "fixed": 8.3 * sqrt(max(1, rows / columns)), the same relative change for every kernel (for convolutions).

@@ -1,4 +1,4 @@
-"""Varied clips for the VAE only: any colours, more shapes, gradients, several objects, so that it can show what a LoRA brings."""
+"""Varied clips for the VAE only: any colours, more shapes, several objects; so it can show what a LoRA brings."""
 
 import math
 import random
@@ -44,13 +44,15 @@ def _crowd(rng: random.Random, frames: int, height: int, width: int) -> torch.Te
         y = (rng.uniform(0.1, 0.9) + rng.uniform(-0.6, 0.6) * time) * height
         radius = rng.uniform(0.1, 0.32) * side * (1 + rng.uniform(-0.3, 0.4) * time)
         angle = rng.uniform(0, 2 * math.pi) + rng.uniform(-2, 2) * time if rng.random() < 0.5 else None
-        covered = coverage(rng.choice((*SHAPES, *NEW_SHAPES)), x, y, radius, height, width, angle=angle, corners=corners)
+        covered = coverage(
+            rng.choice((*SHAPES, *NEW_SHAPES)), x, y, radius, height, width, angle=angle, corners=corners
+        )
         clip = paint(clip, covered, _any_color(rng))
     return clip
 
 
 def scene(rng: random.Random, frames: int, height: int, width: int) -> torch.Tensor:
-    """A random clip [3, frames, height, width] in -1..1: half from the grammar, a third with free colours and shapes, the rest crowded."""
+    """A random clip [3, frames, height, width] in -1..1: half grammar, a third with free colours, the rest crowded."""
     kind = rng.random()
     if kind < 0.5:
         return draw(random_spec(rng), rng, frames, height, width)

@@ -1,8 +1,8 @@
 """Build the demo's two tokenizers and two frozen text encoders.
 
-The tokenizers have the pre-tokenisation of the real ones and learn the words of the templates and captions; the words of
-the templates that the real vocabulary splits in two are split here too, so the templates have their real lengths and the
-published crop numbers hold.  The encoders are random but chosen so that a caption stays readable: see the functions.
+The tokenizers have the pre-tokenisation of the real ones and learn the words of the templates and captions; the words
+of the templates that the real vocabulary splits in two are split here too, so the templates have their real lengths and
+the published crop numbers hold. The encoders are random but chosen so that a caption stays readable: see the functions.
 """
 
 import itertools
@@ -43,14 +43,14 @@ _SPLIT_WORDS = {
 }
 # Words that people may try; each becomes one token.
 _MORE_WORDS = """
-a an the of in on at to and or with from into over under left right up down top bottom side center centre middle corner
-small big large tiny huge fast slow slowly quickly moves moving move grows growing grow shrinks shrinking shrink stays
-staying stay still static rotates rotating spins spinning bounces bouncing falls falling rises rising jumps jumping appears
-disappears blinks fades circle square triangle star ring cross heart arrow diamond ball box shape dot line hexagon oval moon
-cloud flower red green blue yellow purple orange cyan white black gray grey navy pink beige brown lime teal gold silver
-magenta violet dark light bright background color video clip image picture animation simple plain flat minimal style it is
-its that there one two three object scene person man woman cat dog car house tree sky sun sea water fire night day city
-street forest camera zoom view
+a an the of in on at to and or with from into over under left right up down top bottom side center centre middle
+corner small big large tiny huge fast slow slowly quickly moves moving move grows growing grow shrinks shrinking
+shrink stays staying stay still static rotates rotating spins spinning bounces bouncing falls falling rises rising
+jumps jumping appears disappears blinks fades circle square triangle star ring cross heart arrow diamond ball box
+shape dot line hexagon oval moon cloud flower red green blue yellow purple orange cyan white black gray grey navy
+pink beige brown lime teal gold silver magenta violet dark light bright background color video clip image picture
+animation simple plain flat minimal style it is its that there one two three object scene person man woman cat dog
+car house tree sky sun sea water fire night day city street forest camera zoom view
 """.split()
 _CLIP_PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -117,7 +117,7 @@ def build_qwen_tokenizer(templates: list[str]) -> Qwen2Tokenizer:
 
 
 def build_clip_tokenizer() -> CLIPTokenizer:
-    """Lower-case BPE with CLIP's pieces, ordered as CLIP's: bytes, bytes at word ends, merges, the two special tokens."""
+    """Lower-case BPE with CLIP's pieces and order: bytes, bytes at word ends, merges, the two special tokens."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]

@@ -27,7 +27,8 @@ _STYLE_WEIGHTS = (4, 2, 2, 2)
 class DitSettings:
     """Budget, rates and mixture of the training samples.
 
-    time_mean, time_spread: sigma = sigmoid(normal(mean, spread)); above 0, because layout and motion are decided in the noise.
+    time_mean, time_spread: sigma = sigmoid(normal(mean, spread)); layout and motion are decided in the noise, so
+    the mean is above 0.
     wide_scale_share: share of steps with RoPE scale (1, 3.16, 3.16) instead of (1, 2, 2).
     """
 
@@ -83,7 +84,7 @@ def velocity(
     sigma: torch.Tensor,
     scale_factor: tuple[float, float, float] = (1.0, 2.0, 2.0),
 ) -> torch.Tensor:
-    """One call of the model: latents [B, F, h, w, 16], mask [B, F, h, w, 1], sigma [B] in 0..1 -> velocity like latents."""
+    """One call of the model: latents [B, F, h, w, 16], mask [B, F, h, w, 1], sigma [B] -> velocity like latents."""
     _, frames, height, width, _ = latents.shape
     return transformer(
         hidden_states=torch.cat([latents, torch.zeros_like(latents), mask], -1),

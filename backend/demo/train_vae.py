@@ -1,8 +1,8 @@
 """Train the demo's VAE in two stages: single frames first, then the decoder's view of time.
 
-Image stage: only the current-frame tap of every temporal kernel learns, the taps on past frames start at zero.  Such a
-network treats a clip frame by frame, so the first latent of a clip is close to the latent of its first frame alone, which
-is what image-to-video conditions on.
+Image stage: only the current-frame tap of every temporal kernel learns, the taps on past frames start at zero. Such a
+network treats a clip frame by frame, so the first latent of a clip is close to the latent of its first frame alone,
+which is what image-to-video conditions on.
 Decoder stage: the encoder is frozen (latents stay valid for the transformer) and the decoder learns whole clips.
 """
 
@@ -45,7 +45,11 @@ def new_vae() -> AutoencoderKLHunyuanVideo:
     One normalisation group: with 8 groups on 8 channels the mean colour would be lost.
     """
     vae = AutoencoderKLHunyuanVideo(
-        block_out_channels=(8, 16, 32, 64), layers_per_block=1, norm_num_groups=1, latent_channels=16, scaling_factor=1.0
+        block_out_channels=(8, 16, 32, 64),
+        layers_per_block=1,
+        norm_num_groups=1,
+        latent_channels=16,
+        scaling_factor=1.0,
     )
     with torch.no_grad():
         # Small posterior noise from the start.
@@ -112,7 +116,7 @@ def psnr(made: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @dataclass(frozen=True)
 class VaeReport:
-    """What a VAE keeps of true clips: PSNR (dB) of clips and of single first frames, spread of the latents, share of right words."""
+    """What a VAE keeps of true clips: PSNR (dB) of clips and of first frames alone, spread of latents, right words."""
 
     clip_psnr: float
     image_psnr: float
@@ -155,7 +159,11 @@ class FramePool:
 
 
 def _run(
-    vae: AutoencoderKLHunyuanVideo, stage: VaeStage, parameters: list[nn.Parameter], loss_of: Callable[[], torch.Tensor], folder: Path
+    vae: AutoencoderKLHunyuanVideo,
+    stage: VaeStage,
+    parameters: list[nn.Parameter],
+    loss_of: Callable[[], torch.Tensor],
+    folder: Path,
 ) -> None:
     """The loop of both stages: steps until the time is over, a line and a checkpoint every two minutes."""
     optimizer = _optimizer(parameters, stage.rate)

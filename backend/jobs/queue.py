@@ -151,6 +151,7 @@ class JobQueue:
                 run = self.store.get(order[0])
                 try:
                     start(run)
+                    self.problem = None
                 except EngineError as error:
                     self.problem = f"{run.title}: {error.message}"
                 if is_claimed(run.folder):

@@ -7,6 +7,7 @@ the run by creating started.json exclusively; a second supervisor on the same fo
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -51,7 +52,7 @@ def claim(folder: Path, who: dict[str, Any]) -> bool:
     """Create started.json with `who` and the time in it; False if it is there already. Only one caller ever succeeds.
 
     Raises:
-        OSError: the folder is gone or cannot be written.
+        OSError: the folder is gone or cannot be written; then nothing is claimed.
     """
     content = json.dumps({"time": round(time.time(), 3), **who}).encode() + b"\n"
     try:
@@ -59,8 +60,12 @@ def claim(folder: Path, who: dict[str, Any]) -> bool:
     except FileExistsError:
         return False
     try:
-        os.write(descriptor, content)
+        if os.write(descriptor, content) != len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(descriptor)
+    except OSError:
+        (folder / STARTED_FILE).unlink(missing_ok=True)
+        raise
     finally:
         os.close(descriptor)
     fsync_folder(folder)
@@ -144,7 +149,7 @@ def _write_command(
     command = {
         "argv": argv,
         "cwd": str(Path.cwd()),
-        "versions": {"python": platform.python_version(), "system": platform.platform(terse=True)},
+        "versions": {"python": platform.python_version(), "system": f"{platform.system()} {platform.release()}"},
         "started": round(time.time(), 3),
         "pid": engine.pid if engine else None,
         "create_time": engine.create_time if engine else None,

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 STOP_REQUESTS = frozenset({"stop", "stop_and_save", "stop_after_epoch"})
 _CACHED_RUNS = 1000
+_MAX_OPTIONS_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,8 @@ def engine_of(run: Run) -> ProcessIdentity | None:
 def _options(path: Path) -> dict[str, Any]:
     """options.toml as plain values, {} if it is missing or damaged."""
     try:
-        return _read_options(path, path.stat().st_mtime_ns)
+        facts = path.stat()
+        return _read_options(path, facts.st_mtime_ns) if facts.st_size <= _MAX_OPTIONS_BYTES else {}
     except (OSError, ValueError, RecursionError):
         return {}
 

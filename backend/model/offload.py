@@ -32,12 +32,13 @@ class BlockSwap:
             block.register_forward_hook(self._release, always_call=True)
 
     def place(self) -> None:
-        """Put everything but the swapped blocks on the device."""
-        parked = [tensor for block in self._swapped for tensor in _tensors(block)]
-        masters = [tensor.data for tensor in parked]
-        self._transformer.to(self._device)
-        for tensor, master in zip(parked, masters, strict=True):
-            tensor.data = _pinned(master, self._device)
+        """Put everything but the swapped blocks on the device; these never visit it together."""
+        swapped = {id(tensor) for block in self._swapped for tensor in _tensors(block)}
+        for tensor in _tensors(self._transformer):
+            if id(tensor) in swapped:
+                tensor.data = _pinned(tensor.data, self._device)
+            else:
+                tensor.data = tensor.data.to(self._device)
 
     def _bring(self, block: nn.Module, _: object) -> None:
         self._masters[block] = [(tensor, tensor.data) for tensor in _tensors(block)]

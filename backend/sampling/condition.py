@@ -9,6 +9,7 @@ import numpy
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from backend.config.images import open_image
 from backend.errors import UserError
 
 REFERENCE_FRAMES = 5
@@ -46,7 +47,7 @@ def load_image(path: str | Path, field: str) -> Image.Image:
         UserError: the file cannot be decoded.
     """
     try:
-        with Image.open(path) as opened:
+        with open_image(path) as opened:
             image = ImageOps.exif_transpose(opened)
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")

@@ -49,7 +49,8 @@ def denoise(
     """Denoise one clip.
 
     Each step feeds [x | zeros | mask] (x with the given frames in place; the 16 condition channels stay zero, as in the
-    official inference), steps x <- x + (sigma' - sigma) v in float32, and after the last step puts the given frames back.
+    official inference) and steps x <- x + (sigma' - sigma) v in float32; after the last one the given frames are put
+    back.
     Guidance is v = v_n + g (v_p - v_n); the second pass runs only when g differs from 1.
 
     Args:

@@ -25,7 +25,7 @@ from backend.model.attention import resolve_attention
 from backend.model.device import empty_cache, resolve_device, resolve_dtype
 from backend.sampling.condition import GivenFrames, fit_image, load_image, normalise_first_frames
 from backend.sampling.denoise import TextCondition, denoise
-from backend.sampling.outputs import read_latent, require_space_for
+from backend.sampling.outputs import read_latent
 from backend.sampling.progress import Reporter, StepMeter, StopRequest
 from backend.sampling.save import save_clip
 from backend.sampling.schedule import draw_noise, seeded_generator, sigma_grid
@@ -34,7 +34,7 @@ from backend.sampling.transformer import SamplingTransformer
 from backend.text.cache import PromptEmbeds
 from backend.text.embed import embed_prompts
 from backend.vae.hunyuan import Vae, load_vae
-from backend.vae.tiling import Tiling, choose_tiling
+from backend.vae.tiling import SPATIAL_FACTOR, Tiling, choose_tiling, pixel_frames
 
 
 def generate(options: GenerateOptions, reporter: Reporter, run_dir: Path | None = None) -> list[str]:
@@ -157,8 +157,6 @@ class _Generation(_Run):
     """From prompts to files."""
 
     def run(self) -> None:
-        for request in self.plan.clips:
-            require_space_for(request.output, request.frames, request.width, request.height)
         self.attention = resolve_attention(self._attention_name(), device=self.device, dtype=self.dtype)
         embeds = self._embed()
         clips = self._prepare_clips()
@@ -327,7 +325,12 @@ class _LatentDecoding(_Run):
         assert self.options.latent_path is not None
         with _phase(self.reporter, "load", "Reading the latents"):
             latents, settings = read_latent(self.options.latent_path)
-        self.write(self.plan.clips[0], latents, settings | {"fps": self.options.fps}, 1)
+        # What the tensor itself says beats what the file's text says of it.
+        frames, fps = pixel_frames(latents.shape[1]), self.options.fps
+        settings = {"seed": None, **settings, "options": settings["options"] | {"fps": fps}}
+        settings |= {"width": latents.shape[3] * SPATIAL_FACTOR, "height": latents.shape[2] * SPATIAL_FACTOR}
+        settings |= {"frames": frames, "fps": fps, "seconds": round(frames / fps, 4)}
+        self.write(self.plan.clips[0], latents, settings, 1)
 
 
 def text_cache_folder(options: GenerateOptions) -> Path:

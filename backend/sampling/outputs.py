@@ -1,8 +1,9 @@
-"""Writing what was made: H.264 clips that browsers play, images, latents; each atomic, each with its settings inside."""
+"""Writing what was made: H.264 clips that browsers play, images, latents; all atomic, all with settings inside."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -13,12 +14,12 @@ import numpy
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from backend.config.metadata import EXIF_IFD, EXIF_USER_COMMENT, SETTINGS_KEY, encode_settings, read_settings
 from backend.errors import UserError
-from backend.files import atomic_path, require_free_space
+from backend.files import atomic_path
 
 LATENT_SUFFIX = ".latent.safetensors"
 _BT709 = 1
@@ -101,11 +102,9 @@ def write_images(path: Path, frames: Sequence[numpy.ndarray], settings: dict[str
 def write_latent(path: Path, latents: torch.Tensor, settings: dict[str, Any]) -> Written:
     """Write latents [16, F, H, W] as float32 tensor `latent`, scaled as the denoiser works with them."""
     with atomic_path(path) as temporary:
-        save_file(
-            {"latent": latents.to(torch.float32).contiguous().cpu()},
-            str(temporary),
-            {SETTINGS_KEY: encode_settings(settings)},
-        )
+        # Through bytes: the library's own file writer hides a full disk behind an error of another kind.
+        tensors = {"latent": latents.to(torch.float32).contiguous().cpu()}
+        temporary.write_bytes(save(tensors, {SETTINGS_KEY: encode_settings(settings)}))
     return Written(path, "latent")
 
 
@@ -116,13 +115,9 @@ def read_latent(path: str | Path) -> tuple[torch.Tensor, dict[str, Any]]:
         UserError: not a latent file of this project, or it holds NaN or infinity.
     """
     settings = read_settings(path)
-    with safe_open(str(path), framework="pt") as handle:
+    latents = torch.empty(0)
+    with suppress(SafetensorError), safe_open(str(path), framework="pt") as handle:
         latents = handle.get_tensor("latent").to(torch.float32)
-    if latents.ndim != 4 or latents.shape[0] != 16 or not bool(torch.isfinite(latents).all()):
+    if latents.ndim != 4 or latents.shape[0] != 16 or not latents.numel() or not bool(torch.isfinite(latents).all()):
         raise UserError(f"{Path(path).name} holds no finite latents of shape [16, F, H, W].", "latent_path")
     return latents, settings
-
-
-def require_space_for(path: Path, frames: int, width: int, height: int) -> None:
-    """Refuse early when the disk cannot hold the clip: half a byte a pixel and frame, and 1 MB to spare."""
-    require_free_space(path.parent, frames * width * height // 2 + 1_000_000, "output")

@@ -1,4 +1,4 @@
-"""The settings that go into every file: all options of the clip, what was settled, fingerprints of weights and LoRAs."""
+"""The settings in every file: all options of the clip, what was settled, fingerprints of weights and LoRAs."""
 
 from __future__ import annotations
 

@@ -84,7 +84,8 @@
     const tools = el("div.k5-tools", {},
       K5.button(t("js.copy_command"), () => trigger("command", {}), { icon: "copy", kind: "plain" }),
       K5.sureButton(t("js.reset"), () => trigger("reset", {}), { icon: "again", kind: "plain" }));
-    root.append(problemList, el("div.k5-go", {}, stepper, start), summary, tools, commandBox);
+    const notices = el("div.k5-notes");
+    root.append(problemList, el("div.k5-go", {}, stepper, start), summary, notices, tools, commandBox);
 
     let busy = 0;
     const go = () => {
@@ -131,11 +132,15 @@
 
     const drawSlots = () => {
       fill("drop", drop);
+      for (const [name, text] of Object.entries(state.help || {})) {
+        const node = field(name);
+        if (node && !node.title) node.title = text;
+      }
       fill("weights", el("div.k5-weights" + (state.weights.ok ? ".ok" : ".missing"), {}, el("i.k5-dot"), el("span", {}, state.weights.line),
         state.weights.ok ? null : el("button.k5-link", { type: "button", onclick: () => K5.openTab("settings") }, t("js.to_settings"))));
       fill("examples", ...(state.examples || []).map((text) => chip(text, false, () => type("prompt", text), t("js.use_example"))));
       fill("sizes", ...(state.sizes || []).map((size) =>
-        chip(size.width + "×" + size.height, size.width === state.width && size.height === state.height,
+        chip(size.label || size.width + "×" + size.height, size.width === state.width && size.height === state.height,
           () => trigger("set", { width: size.width, height: size.height }), size.note)),
         K5.button("", () => trigger("set", { width: state.height, height: state.width }), { icon: "swap", kind: "chip", title: t("js.swap") }));
       fill("lengths", ...(state.lengths || []).map((length) =>
@@ -175,13 +180,14 @@
     return {
       update(value) {
         start.classList.remove("busy");
-        if (!value || typeof value !== "object") return;
+        if (!value || !value.task) return; // before the first answer
         state = value;
         drawSlots();
         drawProblems();
         set(summary, state.summary || "");
-        if (seen !== null && seen !== state.turn) act();
-        seen = state.turn;
+        notices.replaceChildren(...(state.notices || []).map((text) => el("p", {}, text)));
+        if (state.turn && seen !== state.turn) act();
+        seen = state.turn || seen;
         K5.emit("form", state);
       },
     };

@@ -74,6 +74,21 @@ TEXTS = {
     "generate.frame_other_model": "The last frame is the start image now; the model is {title}.",
     "generate.no_last_seed": "No clip has been made yet, so there is no seed to use again.",
     "generate.reset_done": "The form is as it was at first.",
+    "generate.size_image": "as the image",
+    "generate.size_image_note": "the size follows the start image",
+    "generate.length_frames": "{n} frames",
+    "summary.clips": "{n} clips",
+    "summary.clip": "{width}×{height}, {frames} frames",
+    "summary.passes": "{n} network passes",
+    "summary.memory": "at least {size} of memory",
+    "summary.disk": "about {size} on disk",
+    "summary.before": "took {time} s before",
+    "size.gb": "{n} GB",
+    "size.mb": "{n} MB",
+    "size.kb": "{n} KB",
+    "example.1": "a red fox runs through fresh snow in a pine forest, low sun, slow motion",
+    "example.2": "a wooden sailing boat crosses a stormy sea at dusk, waves break over the bow",
+    "example.3": "close-up of a potter's hands shaping wet clay on a turning wheel, soft window light",
     # Settings
     "settings.models": "Models",
     "settings.models_text": "Where the weights lie. The four parts of a task are read by their headers at once; "
@@ -91,13 +106,17 @@ TEXTS = {
     "settings.page": "Page",
     "settings.theme": "Theme",
     "settings.theme_info": "Auto follows the system.",
+    "settings.theme.auto": "as the system",
+    "settings.theme.light": "light",
+    "settings.theme.dark": "dark",
     "settings.language": "Language",
     "settings.language_info": "The page loads again in the new language.",
     "settings.workspace": "Workspace",
-    "settings.workspace_text": "Runs, clips, drafts and settings lie in this folder. Another one is chosen at the start: "
-    "python app.py --workspace FOLDER",
+    "settings.workspace_text": "Runs, clips, drafts and settings lie in this folder. "
+    "Another one is chosen at the start: python app.py --workspace FOLDER",
     "settings.about": "About",
-    "settings.about_text": "K5 Studio: Kandinsky 5 video in one place. Apache-2.0. It runs on this machine and sends nothing.",
+    "settings.about_text": "K5 Studio: Kandinsky 5 video in one place. Apache-2.0. "
+    "It runs on this machine and sends nothing.",
     "settings.versions": "Versions",
     # scripts
     "js.idle": "Nothing is running",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from k5ui.text import en, ru
+
+Component = TypeVar("Component")
 
 LANGUAGES: dict[str, Mapping[str, str]] = {"en": en.TEXTS, "ru": ru.TEXTS}
 HELP: dict[str, Mapping[str, str]] = {"en": {}, "ru": ru.HELP}
@@ -30,3 +33,38 @@ class Texts:
 def page_texts(language: str) -> dict[str, str]:
     """The texts that our scripts use (keys that start with `js.`)."""
     return {key: text for key, text in LANGUAGES[Texts(language).language].items() if key.startswith("js.")}
+
+
+class Words:
+    """The texts of the current language, and the components whose texts follow it.
+
+    Components keep their texts as attributes; after a change of language `translate` sets them all, so that the next
+    load of the page is in the new language.
+    """
+
+    def __init__(self, language: Callable[[], str]) -> None:
+        self._language = language
+        self._bound: list[tuple[Any, str, Callable[[Texts], Any]]] = []
+
+    @property
+    def now(self) -> Texts:
+        """The texts of the current language."""
+        return Texts(self._language())
+
+    def say(self, component: Component, **texts: str | Callable[[Texts], Any]) -> Component:
+        """Bind attributes of a component to keys, or to functions of the texts, and set them."""
+        for attribute, text in texts.items():
+            make = text if callable(text) else _by_key(text)
+            self._bound.append((component, attribute, make))
+            setattr(component, attribute, make(self.now))
+        return component
+
+    def translate(self) -> None:
+        """Set all bound texts in the current language."""
+        now = self.now
+        for component, attribute, make in self._bound:
+            setattr(component, attribute, make(now))
+
+
+def _by_key(key: str) -> Callable[[Texts], str]:
+    return lambda texts: texts(key)

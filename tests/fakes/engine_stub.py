@@ -1,6 +1,6 @@
 """An engine without torch: the flags, events and files of a generation, for tests of everything around the engine.
 
-Words in the prompt choose what happens: [slow] takes about ten seconds, [crash] exits with 3, [kill] ends itself with
+Words in the prompt choose what happens: [slow] takes about twenty seconds, [crash] exits with 3, [kill] ends itself with
 SIGKILL, [hang] stops saying anything, [ignore-stop] ignores stop requests and SIGTERM, [fail] reports problems and
 exits with 2, [oom] reports a memory error and exits with 1, [child] starts a process of its own that sleeps for a
 minute, [late] exits with 4 after it has finished, [silent] ends with 0 without a word. `starts.txt` in the run folder
@@ -102,7 +102,7 @@ def prepare(journal: Journal, prompt: str) -> None:
 
 def denoise(journal: Journal, run: Path, prompt: str) -> bool:
     """Step through; False when a stop was asked for."""
-    total, pause = (200, 0.05) if "[slow]" in prompt or "[ignore-stop]" in prompt else (STEPS, 0.002)
+    total, pause = (400, 0.05) if "[slow]" in prompt or "[ignore-stop]" in prompt else (STEPS, 0.002)
     for step in range(1, total + 1):
         time.sleep(pause)
         left = round((total - step) * pause, 3)

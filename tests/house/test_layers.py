@@ -29,8 +29,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *ENGINE,
         *("backend.model", "backend.lora", "backend.text", "backend.vae", "backend.data", "backend.sampling"),
     ),
+    "backend.entry": (*ENGINE, "backend.sampling", "backend.training"),
     "backend.kandinsky5_": (
         *ENGINE,
+        "backend.entry",
         *("backend.model", "backend.lora", "backend.text", "backend.vae", "backend.data"),
         *("backend.sampling", "backend.training"),
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ def store(workspace: Path) -> RunStore:
 
 
 @pytest.fixture
-def make_run(store: RunStore) -> Iterator[Callable[..., Run]]:
+def make_run(store: RunStore) -> Callable[..., Run]:
     """Make runs of the stub engine; the prompt says what it does."""
 
     def make(prompt: str = "a circle", title: str = "") -> Run:
         options = GenerateOptions(task="k5-demo-t2v", prompt=prompt, seed=7)
         return store.create("generate", options, title or prompt, entry=ENTRY)
 
-    yield make
+    return make
 
 
 def put_json(path: Path, value: Any) -> None:

@@ -73,9 +73,19 @@ def test_a_zombie_is_gone(sleeper: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [None, [], 5, {}, {"pid": "1", "create_time": 1.0}, {"pid": True, "create_time": 1.0}, {"pid": 0, "create_time": 1.0},
-     {"pid": 1 << 40, "create_time": 1.0}, {"pid": 1}, {"pid": 1, "create_time": "x"}],
-)  # fmt: skip
+    [
+        None,
+        [],
+        5,
+        {},
+        {"pid": "1", "create_time": 1.0},
+        {"pid": True, "create_time": 1.0},
+        {"pid": 0, "create_time": 1.0},
+        {"pid": 1 << 40, "create_time": 1.0},
+        {"pid": 1},
+        {"pid": 1, "create_time": "x"},
+    ],
+)
 def test_a_damaged_identity_is_none(value: object) -> None:
     assert ProcessIdentity.from_dict(value) is None
     assert not is_alive(None)

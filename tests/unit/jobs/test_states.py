@@ -28,7 +28,12 @@ ROWS = [
     ("just fresh enough", replace(ALIVE, silent_seconds=SILENCE_SECONDS - 0.1), JobState.RUNNING, Reason.NONE),
     ("alive and silent", replace(ALIVE, silent_seconds=SILENCE_SECONDS), JobState.NOT_RESPONDING, Reason.NONE),
     ("asked to stop", replace(ALIVE, stop_requested=True), JobState.STOPPING, Reason.NONE),
-    ("asked to stop while it starts", replace(ALIVE, has_records=False, stop_requested=True), JobState.STOPPING, Reason.NONE),
+    (
+        "asked to stop while it starts",
+        replace(ALIVE, has_records=False, stop_requested=True),
+        JobState.STOPPING,
+        Reason.NONE,
+    ),
     ("being ended by force", replace(ALIVE, kill_requested=True), JobState.STOPPING, Reason.NONE),
     ("has said that it stops", replace(ALIVE, terminal="stopped"), JobState.STOPPING, Reason.NONE),
     ("has said that it finishes", replace(ALIVE, terminal="finished"), JobState.RUNNING, Reason.NONE),
@@ -45,21 +50,36 @@ ROWS = [
     ("stopped, 0", replace(ENDED, terminal="stopped"), JobState.STOPPED, Reason.NONE),
     ("stopped, 1", replace(ENDED, terminal="stopped", exit_code=1), JobState.STOPPED, Reason.NONE),
     ("stopped, result missing", replace(GONE, terminal="stopped"), JobState.STOPPED, Reason.NONE),
-    ("stopped before the force that was asked for", replace(ENDED, terminal="stopped", kill_requested=True), JobState.STOPPED, Reason.NONE),
+    (
+        "stopped before the force that was asked for",
+        replace(ENDED, terminal="stopped", kill_requested=True),
+        JobState.STOPPED,
+        Reason.NONE,
+    ),
     ("error, 1", replace(ENDED, terminal="error", exit_code=1), JobState.FAILED, Reason.NONE),
     ("error, result missing", replace(GONE, terminal="error"), JobState.FAILED, Reason.NONE),
     ("no last word, exit code", replace(ENDED, exit_code=3), JobState.CRASHED, Reason.EXIT_CODE),
     ("no last word, exit code 0", ENDED, JobState.CRASHED, Reason.EXIT_CODE),
     ("no last word, signal 11", replace(ENDED, exit_code=None, signal=11), JobState.CRASHED, Reason.SIGNAL),
     ("no last word, signal 9", replace(ENDED, exit_code=None, signal=9), JobState.CRASHED, Reason.OUT_OF_MEMORY),
-    ("died before its first record", replace(ENDED, has_records=False, exit_code=1), JobState.CRASHED, Reason.EXIT_CODE),
+    (
+        "died before its first record",
+        replace(ENDED, has_records=False, exit_code=1),
+        JobState.CRASHED,
+        Reason.EXIT_CODE,
+    ),
     (
         "ended by force on request",
         replace(ENDED, exit_code=None, signal=9, kill_requested=True),
         JobState.STOPPED,
         Reason.KILLED_ON_REQUEST,
     ),
-    ("asked to stop, but crashed", replace(ENDED, exit_code=3, stop_requested=True), JobState.CRASHED, Reason.EXIT_CODE),
+    (
+        "asked to stop, but crashed",
+        replace(ENDED, exit_code=3, stop_requested=True),
+        JobState.CRASHED,
+        Reason.EXIT_CODE,
+    ),
     ("gone, nobody saw how", GONE, JobState.INTERRUPTED, Reason.NO_RESULT),
     ("claimed, gone, nothing else", replace(GONE, has_records=False), JobState.INTERRUPTED, Reason.NO_RESULT),
     ("from a terminal, cut off", replace(GONE, claimed=False), JobState.INTERRUPTED, Reason.NO_RESULT),
@@ -71,7 +91,7 @@ ROWS = [
         JobState.FAILED,
         Reason.START_FAILED,
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("facts", "state", "reason"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])

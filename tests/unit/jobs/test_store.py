@@ -45,9 +45,14 @@ def test_each_kind_has_its_program(store: RunStore, kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "entry"),
-    [("generate", "os"), ("generate", "backend.kandinsky5_generate_video"), ("other", None), ("generate", ""),
-     ("generate", "tests.fakes.other")],
-)  # fmt: skip
+    [
+        ("generate", "os"),
+        ("generate", "backend.kandinsky5_generate_video"),
+        ("other", None),
+        ("generate", ""),
+        ("generate", "tests.fakes.other"),
+    ],
+)
 def test_nothing_else_can_be_run(store: RunStore, kind: str, entry: str | None) -> None:
     with pytest.raises(UserError, match="not something that can be run"):
         store.create(kind, GenerateOptions(), "x", entry=entry)

@@ -170,14 +170,21 @@ def test_a_claim_in_the_writing_is_a_start_and_an_old_half_one_is_an_interruptio
 
 ENDINGS: list[tuple[str, dict[str, Any], dict[str, Any], JobState, Reason, str]] = [
     ("finished", {"outputs": ["outputs/a.png"], "seconds": 4.5}, {"exit_code": 0}, JobState.FINISHED, Reason.NONE, ""),
-    ("finished", {"outputs": [], "seconds": 1}, {"exit_code": 4}, JobState.FINISHED, Reason.LATE_FAILURE, "exit code 4"),
+    (
+        "finished",
+        {"outputs": [], "seconds": 1},
+        {"exit_code": 4},
+        JobState.FINISHED,
+        Reason.LATE_FAILURE,
+        "exit code 4",
+    ),
     ("stopped", {"reason": "asked"}, {"exit_code": 0}, JobState.STOPPED, Reason.NONE, "asked"),
     ("error", {"message": "no room", "exit_code": 1}, {"exit_code": 1}, JobState.FAILED, Reason.NONE, "no room"),
     ("step", {}, {"exit_code": 3}, JobState.CRASHED, Reason.EXIT_CODE, "exit code 3"),
     ("step", {}, {"signal": 9}, JobState.CRASHED, Reason.OUT_OF_MEMORY, "memory"),
     ("step", {}, {"signal": 11}, JobState.CRASHED, Reason.SIGNAL, "SIGSEGV"),
     ("step", {}, {"error": "no such program"}, JobState.FAILED, Reason.START_FAILED, "no such program"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("kind", "fields", "result", "state", "reason", "words"), ENDINGS)

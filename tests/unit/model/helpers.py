@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import cache
@@ -95,21 +94,6 @@ def diffusers_forward(model: Any, arguments: Mapping[str, Tensor], scale: tuple[
 def relative(found: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of what is expected."""
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-def write_header_only(path: Path, tensors: Mapping[str, tuple[int, ...]], dtype: str = "BF16", bits: int = 16) -> None:
-    """A sparse safetensors file: a true header, and a data area of the right length that takes no disk."""
-    header, position = {}, 0
-    for name, shape in tensors.items():
-        size = bits // 8
-        for side in shape:
-            size *= side
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
-        position += size
-    raw = json.dumps(header).encode()
-    with open(path, "wb") as handle:
-        handle.write(struct.pack("<Q", len(raw)) + raw)
-        handle.truncate(8 + len(raw) + position)
 
 
 def write_sharded(folder: Path, weights: Mapping[str, Tensor], config: TransformerConfig, shards: int = 3) -> None:

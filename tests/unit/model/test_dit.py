@@ -24,7 +24,7 @@ from tests.unit.model.helpers import (
 
 CONFIGS = {"heads of 64": SMALL_HEADS, "heads of 128": LARGE_HEADS}
 SCALES = ((1.0, 2.0, 2.0), (1.0, 3.16, 3.16), (1.0, 1.0, 1.0))
-SHAPES_PER_CONFIG = 13
+SHAPES_PER_CONFIG = 11
 
 
 def _random_cases(seed: int) -> list[tuple[int, tuple[int, int, int], int, tuple[float, float, float]]]:
@@ -38,7 +38,7 @@ def _random_cases(seed: int) -> list[tuple[int, tuple[int, int, int], int, tuple
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_agrees_with_diffusers(name: str) -> None:
-    """26 random shapes: equal to float32 noise with the reference's rounding, near it without (Trap B27: rope rounding)."""
+    """Trap B27 (rope rounding): 22 random shapes, equal to float32 noise with that rounding, near it without."""
     config = CONFIGS[name]
     reference, rounded, exact = build_diffusers(config), build(config, rounding=True), build(config)
     for index, (batch, grid, text, scale) in enumerate(_random_cases(seed=len(name))):
@@ -65,7 +65,7 @@ def test_unconditioned_model_agrees_with_diffusers() -> None:
 
 
 def test_text_longer_than_the_reference_table() -> None:
-    """Trap: the reference's table ends at 1,024 text positions; a prefix of a longer text must not depend on the limit."""
+    """Trap: the reference's table ends at 1,024 text positions; ours has any length and the same numbers."""
     from backend.model.rope import text_table
 
     model = build(SMALL_HEADS)
@@ -134,6 +134,7 @@ def test_bfloat16_policy_is_near_float32() -> None:
         assert 1e-5 < relative(found, expected) < 2e-2
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_bfloat16_is_as_near_as_diffusers(tmp_path: object) -> None:
     """The policy is no coarser than that of diffusers' bfloat16 model."""
     from diffusers import Kandinsky5Transformer3DModel
