@@ -25,6 +25,7 @@ LORAS = "loras"
 TASK_FIELDS = ("width", "height", "frames", "steps", "guidance", "scheduler_scale")
 IMAGE_FIELDS = ("image", "image_last")
 MAX_LORAS = 8
+MAX_OFFERED = 300
 #: (width, height) that the models were trained for, by the longer side of the task.
 TRAINED_SIZES = {
     768: ((768, 512), (512, 768), (512, 512)),
@@ -147,6 +148,7 @@ def describe(services: Services, values: Mapping[str, Any], texts: Texts) -> dic
         "lengths": lengths(task, texts),
         "means": means(values, texts),
         "examples": examples(task, texts),
+        "lora_files": services.lora_files()[:MAX_OFFERED],
         "width": values.get("width"),
         "height": values.get("height"),
         "frames": values.get("frames"),
@@ -218,9 +220,11 @@ def means(values: Mapping[str, Any], texts: Texts) -> str:
     return text
 
 
-def examples(task: TaskPreset, texts: Texts) -> list[str]:
-    """Prompts to start from."""
-    return list(DEMO_EXAMPLES) if task.is_demo else [texts(f"example.{index}") for index in (1, 2, 3)]
+def examples(task: TaskPreset, texts: Texts) -> list[dict[str, str]]:
+    """Prompts to start from, each with a short name."""
+    if task.is_demo:
+        return [{"label": texts(f"example.demo.{n}"), "prompt": prompt} for n, prompt in enumerate(DEMO_EXAMPLES, 1)]
+    return [{"label": texts(f"example.{n}.label"), "prompt": texts(f"example.{n}")} for n in (1, 2, 3)]
 
 
 def summary_line(facts: Mapping[str, Any], texts: Texts) -> str:

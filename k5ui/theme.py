@@ -10,7 +10,7 @@ import gradio as gr
 from k5ui.text.loader import page_texts
 
 STATIC = Path(__file__).resolve().parent / "static"
-SCRIPTS = ("core.js", "header.js", "form.js", "stage.js", "runs.js")
+SCRIPTS = ("core.js", "header.js", "form.js", "player.js", "stage.js", "runs.js")
 _SANS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]
 _MONO = ["ui-monospace", "SF Mono", "Menlo", "Consolas", "monospace"]
 
@@ -24,7 +24,15 @@ def make_theme() -> gr.themes.Base:
         "body_text_color_subdued": "var(--k5-muted)",
         "background_fill_primary": "var(--k5-surface)",
         "background_fill_secondary": "var(--k5-sunk)",
-        "block_background_fill": "var(--k5-surface)",
+        "block_background_fill": "transparent",
+        "block_border_width": "0px",
+        "block_padding": "0px",
+        "block_label_border_width": "0px",
+        "block_title_text_weight": "500",
+        "input_border_width": "1px",
+        "input_padding": "8px 12px",
+        "input_shadow_focus": "none",
+        "accordion_text_color": "var(--k5-text)",
         "block_border_color": "var(--k5-line)",
         "block_label_background_fill": "var(--k5-surface)",
         "block_label_text_color": "var(--k5-muted)",

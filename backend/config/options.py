@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import shlex
 import tomllib
 import types
@@ -100,7 +101,12 @@ class OptionSpec:
 
 def specs(model: type[Options]) -> list[OptionSpec]:
     """All options of `model` in the order of their definition."""
-    return [_spec(name, field) for name, field in model.model_fields.items()]
+    return list(_specs(model))
+
+
+@functools.cache
+def _specs(model: type[Options]) -> tuple[OptionSpec, ...]:
+    return tuple(_spec(name, field) for name, field in model.model_fields.items())
 
 
 def _spec(name: str, field: FieldInfo) -> OptionSpec:

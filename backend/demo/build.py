@@ -18,7 +18,7 @@ from backend.config.tasks import DEFAULT_NEGATIVE_PROMPT, DEMO_WEIGHTS
 from backend.demo.dataset import CaptionTable, encode_shard, every_caption
 from backend.demo.text_models import build_text_models
 from backend.demo.train_dit import DitSettings, new_transformer, train_transformer
-from backend.demo.train_vae import VaeStage, assess, new_vae, train_decoder, train_images
+from backend.demo.train_vae import VaeModel, VaeStage, assess, new_vae, train_decoder, train_images
 from backend.files import atomic_path, write_atomic
 from backend.text.templates import IMAGE, VIDEO
 
@@ -51,7 +51,7 @@ class Builder:
         folders = [self.work / stage for stage in stages] + ([self.start / name] if self.start else [])
         return next((folder for folder in folders if (folder / "config.json").exists()), None)
 
-    def vae(self, *stages: str) -> AutoencoderKLHunyuanVideo:
+    def vae(self, *stages: str) -> VaeModel:
         """The newest VAE of the stages (float32), or a new one; whole clips at once, no temporal windows."""
         folder = self.weights("vae", *stages)
         vae = AutoencoderKLHunyuanVideo.from_pretrained(folder, torch_dtype=torch.float32) if folder else new_vae()
@@ -59,7 +59,7 @@ class Builder:
         return vae
 
     def text(self) -> None:
-        """Tokenizers and frozen encoders; diffusers' corrected spelling is learned too, so its template fits as well."""
+        """Tokenizers and frozen encoders; diffusers' corrected spelling is learned too, so its template fits."""
         if self.start:
             for name in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"):
                 shutil.copytree(self.start / name, self.work / "text" / name, dirs_exist_ok=True)

@@ -113,7 +113,7 @@ def _polygon_distance(x: torch.Tensor, y: torch.Tensor, corners: Sequence[tuple[
 def shape_distance(
     shape: str, x: torch.Tensor, y: torch.Tensor, corners: Sequence[tuple[float, float]] | None = None
 ) -> torch.Tensor:
-    """Signed distance to a shape centred at 0, in units of its radius; negative inside. `corners` replaces the shape."""
+    """Signed distance to a shape centred at 0, in units of its radius, negative inside; `corners` replace its own."""
     if corners is None and shape == "circle":
         return (x * x + y * y).sqrt() - 0.95
     if corners is None and shape == "ring":

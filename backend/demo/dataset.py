@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLHunyuanVideo
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -26,6 +25,7 @@ from backend.demo.clips import (
     draw,
     random_spec,
 )
+from backend.demo.train_vae import VaeModel
 from backend.files import atomic_path
 from backend.text.embed import embed_prompts
 
@@ -88,7 +88,7 @@ class CaptionTable:
 
 
 @torch.no_grad()
-def encode_shard(vae: AutoencoderKLHunyuanVideo, path: Path, count: int, frames: int, seed: int) -> None:
+def encode_shard(vae: VaeModel, path: Path, count: int, frames: int, seed: int) -> None:
     """Draw and encode `count` random clips into a shard: latents [N, F', 8, 8, 16] and first [N, 1, 8, 8, 16].
 
     Both are scaled; `first` is the first frame encoded alone, as image-to-video gives it.

@@ -72,7 +72,7 @@ def _motion(mask: torch.Tensor) -> tuple[str, float, float, float]:
 
 
 def _overlap(mask: torch.Tensor, shape: str) -> float:
-    """Best soft overlap (sum of minima / sum of maxima) of a mask [H, W] with templates of a shape of about its area."""
+    """Best soft overlap (sum of minima / sum of maxima) of a mask [H, W] with a shape's templates of about its area."""
     height, width = mask.shape
     area = mask.sum()
     x = float((mask.sum(0) * (torch.arange(width) + 0.5)).sum() / area)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import Kandinsky5Transformer3DModel
@@ -167,7 +168,8 @@ class Average:
     """Exponential moving average of the weights: what is saved and evaluated."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model, self.decay, self.steps = model, decay, 0
+        self.model: Any = model
+        self.decay, self.steps = decay, 0
         self.mean = [weight.detach().clone() for weight in model.parameters()]
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,8 @@ from backend.demo.muon import Muon
 from backend.demo.scenes import scene
 
 FRAMES, SIDE = 17, 64
+# An AutoencoderKLHunyuanVideo; its annotations do not know what its methods return.
+VaeModel = Any
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,13 @@ class VaeStage:
     seed: int = 1
 
 
-def new_vae() -> AutoencoderKLHunyuanVideo:
+def new_vae() -> VaeModel:
     """A fresh VAE of the HunyuanVideo family: 16 latent channels, 8 x smaller in space, 4 x in time, 2.04 M parameters.
 
     One normalisation group: with 8 groups on 8 channels the mean colour would be lost.
     """
-    vae = AutoencoderKLHunyuanVideo(
-        block_out_channels=(8, 16, 32, 64),
+    vae: VaeModel = AutoencoderKLHunyuanVideo(
+        block_out_channels=(8, 16, 32, 64),  # type: ignore[arg-type]
         layers_per_block=1,
         norm_num_groups=1,
         latent_channels=16,
@@ -125,7 +128,7 @@ class VaeReport:
 
 
 @torch.no_grad()
-def assess(vae: AutoencoderKLHunyuanVideo, count: int = 24, seed: int = 9000) -> VaeReport:
+def assess(vae: VaeModel, count: int = 24, seed: int = 9000) -> VaeReport:
     """Encode and decode `count` clips drawn for the purpose; the share of right words is the transformer's ceiling."""
     rng = random.Random(seed)
     specs = balanced_specs(count, rng)
@@ -159,7 +162,7 @@ class FramePool:
 
 
 def _run(
-    vae: AutoencoderKLHunyuanVideo,
+    vae: VaeModel,
     stage: VaeStage,
     parameters: list[nn.Parameter],
     loss_of: Callable[[], torch.Tensor],
@@ -185,7 +188,7 @@ def _run(
     vae.save_pretrained(folder)
 
 
-def train_images(vae: AutoencoderKLHunyuanVideo, stage: VaeStage, folder: Path) -> None:
+def train_images(vae: VaeModel, stage: VaeStage, folder: Path) -> None:
     """Image stage: encoder and decoder learn single frames; sets the scaling factor to 1 / spread of the latents."""
     pool = FramePool(random.Random(stage.seed), 32 if stage.seconds < 60 else 300)
     torch.manual_seed(stage.seed)
@@ -206,7 +209,7 @@ def train_images(vae: AutoencoderKLHunyuanVideo, stage: VaeStage, folder: Path) 
     vae.save_pretrained(folder)
 
 
-def train_decoder(vae: AutoencoderKLHunyuanVideo, stage: VaeStage, folder: Path) -> None:
+def train_decoder(vae: VaeModel, stage: VaeStage, folder: Path) -> None:
     """Decoder stage: whole clips and some single frames through the frozen encoder, latents slightly disturbed.
 
     The transformer's latents are never exact, so the decoder learns to forgive a little noise.

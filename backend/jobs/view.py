@@ -18,6 +18,7 @@ from backend.jobs.facts import (
     KILL_REQUEST,
     OPTIONS_FILE,
     QUEUE_FILE,
+    RESULT_FILE,
     RunFacts,
     log_tail,
     number,
@@ -111,10 +112,35 @@ class _Folds:
 
 
 _FOLDS = _Folds()
+_ENDED: dict[Run, tuple[Any, RunView]] = {}
 
 
 def view_run(run: Run) -> RunView:
-    """Compute what is known of `run` now. Never raises for damaged files; a deleted run looks like an empty one."""
+    """Compute what is known of `run` now. Never raises for damaged files; a deleted run looks like an empty one.
+
+    The view of a run with a result is kept until its result or its journal changes.
+    """
+    stamp = (_stamp(run.folder / RESULT_FILE), _stamp(run.folder / EVENTS_FILE))
+    kept = _ENDED.get(run)
+    if kept is not None and kept[0] == stamp:
+        return kept[1]
+    view = _view(run)
+    if stamp[0] is not None and view.state.terminal:
+        if len(_ENDED) >= _CACHED_RUNS:
+            _ENDED.clear()
+        _ENDED[run] = (stamp, view)
+    return view
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+def _view(run: Run) -> RunView:
     facts = read_facts(run.folder)
     fold = _FOLDS.read(run.folder)
     now = time.time()

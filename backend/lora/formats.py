@@ -233,8 +233,9 @@ def _load(path: Path, pairs: Mapping[str, Mapping[str, str]], alphas: Mapping[st
 
 
 def _computable(tensor: Tensor) -> Tensor:
-    # 8-bit floats are a storage format: no arithmetic, not even a test for NaN.
-    return tensor.to(torch.bfloat16) if tensor.element_size() == 1 else tensor
+    # 8-bit floats are a storage format: no arithmetic, not even a test for NaN. A copy in any case: what comes from the
+    # file is a view of it, which would change, or crash, when the file is overwritten in place.
+    return tensor.to(torch.bfloat16) if tensor.element_size() == 1 else tensor.clone()
 
 
 def _refuse_non_finite(path: Path, layers: Mapping[str, LoraWeights]) -> None:

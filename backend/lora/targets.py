@@ -15,7 +15,7 @@ from backend.lora.modules import LoraLinear
 
 # Wrappers add these to names: torch.compile to modules, PEFT and the pipelines of other software in front.
 _COMPILE_MARK = "_orig_mod"
-_DOTTED_PREFIXES = ("base_model.model.", "model.", DIFFUSERS_PREFIX, COMFYUI_PREFIX, f"{_COMPILE_MARK}.")
+_DOTTED_PREFIXES = ("base_model.model.", "model.", "module.", DIFFUSERS_PREFIX, COMFYUI_PREFIX, f"{_COMPILE_MARK}.")
 _WIDTH_LAYER = "self_attention.to_query"
 
 

@@ -64,12 +64,9 @@ def embed_prompts(
     _check_requests(prompts, limit, dtype)
     qwen_files, clip_files = locate_encoder(qwen, QWEN), locate_encoder(clip, CLIP)
     key = CacheKey(chosen, limit, (qwen_files.fingerprint, clip_files.fingerprint), dtype)
-    done: dict[str, PromptEmbeds] = {}
-    for prompt in dict.fromkeys(prompts):
-        cached = read_embeds(cache_dir, key.digest(prompt), dtype) if cache_dir else None
-        if cached is not None:
-            done[prompt] = cached
-    missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in done]
+    distinct = list(dict.fromkeys(prompts))
+    done = _read_all(distinct, cache_dir, key) if cache_dir else {}
+    missing = [prompt for prompt in distinct if prompt not in done]
     if missing:
         report = on_progress or (lambda message, count, total: None)
         # CLIP first: it is small, so that the long part can store each prompt as soon as it is encoded.
@@ -79,9 +76,15 @@ def embed_prompts(
             if cache_dir:
                 write_embeds(cache_dir, key.digest(prompt), embeds)
     if on_warning:
-        for warning in dict.fromkeys(w for prompt in dict.fromkeys(prompts) for w in done[prompt].warnings):
+        for warning in dict.fromkeys(warning for prompt in distinct for warning in done[prompt].warnings):
             on_warning(warning)
     return [done[prompt] for prompt in prompts]
+
+
+def _read_all(prompts: Sequence[str], folder: Path, key: CacheKey) -> dict[str, PromptEmbeds]:
+    """The prompts that are whole in the cache."""
+    stored = ((prompt, read_embeds(folder, key.digest(prompt), key.dtype)) for prompt in prompts)
+    return {prompt: embeds for prompt, embeds in stored if embeds is not None}
 
 
 def _check_requests(prompts: Sequence[str], limit: int, dtype: torch.dtype) -> None:

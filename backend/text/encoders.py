@@ -168,7 +168,7 @@ def load_tokenizer(files: EncoderFiles) -> Any:
     return tokenizer
 
 
-def _build_qwen(files: EncoderFiles, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def _build_qwen(files: EncoderFiles, device: torch.device, dtype: torch.dtype) -> Any:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
@@ -184,7 +184,7 @@ def _build_qwen(files: EncoderFiles, device: torch.device, dtype: torch.dtype) -
     return _finish(model, tensors, files, device, dtype)
 
 
-def _build_clip(files: EncoderFiles, device: torch.device) -> nn.Module:
+def _build_clip(files: EncoderFiles, device: torch.device) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     def text_config() -> Any:

@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from backend.errors import UserError
 from backend.files import fingerprint
@@ -61,7 +62,7 @@ class EncoderFiles:
     model: Path
     tokenizer: Path
     weights: tuple[Path, ...]
-    config: dict[str, object]
+    config: dict[str, Any]
     fingerprint: str
 
 
@@ -152,7 +153,7 @@ def _sharded_files(index: Path, kind: EncoderKind) -> tuple[Path, ...]:
     return tuple(index.parent / name for name in names)
 
 
-def _read_json(path: Path, kind: EncoderKind) -> dict[str, object]:
+def _read_json(path: Path, kind: EncoderKind) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -213,7 +213,7 @@ def _empty_model(config: dict[str, Any], config_file: Path | None) -> Any:
     settings = {name: value for name, value in config.items() if not name.startswith("_")}
     try:
         with torch.device("meta"):
-            model = AutoencoderKLHunyuanVideo(**settings)
+            model: Any = AutoencoderKLHunyuanVideo(**settings)
         factors = (model.config.temporal_compression_ratio, model.config.spatial_compression_ratio)
         if factors != (TEMPORAL_FACTOR, SPATIAL_FACTOR) or not float(model.config.scaling_factor) > 0:
             raise ValueError(f"it compresses by {factors[0]} in time and {factors[1]} in space, not by 4 and 8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from backend.errors import UserError
 
@@ -80,9 +81,9 @@ class Tiling:
             UserError: a key is missing or its value is out of range.
         """
         try:
-            values = {field.name: int(metadata[_METADATA_PREFIX + field.name]) for field in fields(cls)}
-            switches = {name: bool(value) for name, value in values.items() if name.endswith("_enabled")}
-            return cls(**(values | switches))
+            values: dict[str, Any] = {field.name: int(metadata[_METADATA_PREFIX + field.name]) for field in fields(cls)}
+            values |= {name: bool(value) for name, value in values.items() if name.endswith("_enabled")}
+            return cls(**values)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"The file does not say how the VAE was tiled ({error}). Cache it again.") from error
 

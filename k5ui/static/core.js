@@ -32,6 +32,8 @@
   K5.toggle = (node, name, on) => node.classList.toggle(name, Boolean(on));
 
   const SHAPES = {
+    play: "M7 5l8 5-8 5z",
+    pause: "M7 5v10M13 5v10",
     stop: "M5 5h10v10H5z",
     close: "M5 5l10 10M15 5L5 15",
     dice: "M4 4h12v12H4zM7.5 7.5h.01M12.5 12.5h.01M10 10h.01M12.5 7.5h.01M7.5 12.5h.01",
@@ -110,6 +112,7 @@
   K5.percent = (run) => (run && run.total ? Math.min(100, (100 * (run.step || 0)) / run.total) : 0);
   K5.progressText = (run) => {
     const parts = [];
+    if (run.phase && run.phase !== "denoise") return run.message || "";
     if (run.total) parts.push(K5.t("js.step", { step: run.step || 0, total: run.total }));
     if (run.seconds_per_step) parts.push(K5.t("js.rate", { n: K5.rate(run.seconds_per_step) }));
     if (run.remaining_seconds) parts.push(K5.t("js.left", { time: K5.seconds(run.remaining_seconds) }));
@@ -214,7 +217,7 @@
   };
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => K5.setTheme(K5.theme));
   K5.setTheme(K5.theme);
-  document.addEventListener("DOMContentLoaded", () => {
+  const start = () => {
     document.documentElement.lang = K5.language;
     // Gradio sets its own class from the system's preference while it starts; ours has the last word.
     new MutationObserver(() => {
@@ -223,7 +226,10 @@
     }).observe(document.body, { attributes: true, attributeFilter: ["class"] });
     K5.setTheme(K5.theme);
     poll();
-  });
+  };
+  // Gradio may put this script into the page after it has been read.
+  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start);
+  else start();
   document.addEventListener("keydown", (event) => {
     const typing = event.target.closest && event.target.closest("input, textarea, select, button, video, [contenteditable]");
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {

@@ -85,7 +85,7 @@
       K5.button(t("js.copy_command"), () => trigger("command", {}), { icon: "copy", kind: "plain" }),
       K5.sureButton(t("js.reset"), () => trigger("reset", {}), { icon: "again", kind: "plain" }));
     const notices = el("div.k5-notes");
-    root.append(problemList, el("div.k5-go", {}, stepper, start), summary, notices, tools, commandBox);
+    root.append(problemList, notices, commandBox, el("div.k5-go", {}, stepper, start), summary);
 
     let busy = 0;
     const go = () => {
@@ -107,8 +107,8 @@
         K5.notice(t("js.upload_failed"), "bad");
       }
     };
-    const drop = el("div.k5-drop", {},
-      K5.button(t("js.from_file"), () => pick.click(), { icon: "file", kind: "plain" }), pick);
+    const drop = el("div.k5-drop.k5-tools", {},
+      K5.button(t("js.from_file"), () => pick.click(), { icon: "file", kind: "plain" }), pick, tools);
     drop.addEventListener("dragover", (event) => {
       event.preventDefault();
       drop.classList.add("over");
@@ -138,7 +138,7 @@
       }
       fill("weights", el("div.k5-weights" + (state.weights.ok ? ".ok" : ".missing"), {}, el("i.k5-dot"), el("span", {}, state.weights.line),
         state.weights.ok ? null : el("button.k5-link", { type: "button", onclick: () => K5.openTab("settings") }, t("js.to_settings"))));
-      fill("examples", ...(state.examples || []).map((text) => chip(text, false, () => type("prompt", text), t("js.use_example"))));
+      fill("examples", ...(state.examples || []).map((example) => chip(example.label, false, () => type("prompt", example.prompt), example.prompt)));
       fill("sizes", ...(state.sizes || []).map((size) =>
         chip(size.label || size.width + "×" + size.height, size.width === state.width && size.height === state.height,
           () => trigger("set", { width: size.width, height: size.height }), size.note)),
@@ -204,14 +204,16 @@
       const inputs = body.querySelectorAll("input[type=text]");
       inputs[inputs.length - 1].focus();
     }, { icon: "plus", kind: "plain" });
-    root.append(el("div.k5-label", {}, t("js.lora")), body, add);
+    const offered = el("datalist", { id: "k5-lora-files" });
+    K5.on("form", (state) => offered.replaceChildren(...(state.lora_files || []).map((file) => el("option", { value: file.path }, file.name))));
+    root.append(el("div.k5-label", {}, t("js.lora")), body, add, offered);
     const send = () => {
       known = JSON.stringify(rows);
       props.value = rows.map((row) => ({ ...row }));
       trigger("edit");
     };
     const row = (item, index) => {
-      const path = el("input.k5-input", { type: "text", value: item.path, placeholder: t("js.lora_path"), "aria-label": t("js.lora_path"), spellcheck: "false",
+      const path = el("input.k5-input", { type: "text", value: item.path, placeholder: t("js.lora_path"), list: "k5-lora-files", "aria-label": t("js.lora_path"), spellcheck: "false",
         oninput: () => ((item.path = path.value), send()) });
       const number = el("input.k5-input.k5-strength", { type: "number", step: "0.05", min: "-10", max: "10", value: String(item.strength), "aria-label": t("js.strength"),
         oninput: () => {

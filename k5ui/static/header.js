@@ -49,11 +49,12 @@
       job.disabled = !run;
       K5.toggle(job, "on", run);
       bar.style.width = K5.percent(run) + "%";
-      set(jobText, run ? [run.title || K5.stateName(run.state), K5.progressText(run) || K5.stateName(run.state)].join(" · ") : t("js.idle"));
+      set(jobText, run ? [(run.phase === "denoise" && K5.progressText(run)) || phase(run), run.title].filter(Boolean).join(" · ") : t("js.idle"));
       const waiting = (status.queue || []).length;
       set(queue, waiting ? t("js.waiting", { n: waiting }) : "");
       set(device, deviceText(status.device || {}));
     };
+    const phase = (run) => (run.phase && run.state === "running" ? t("js.phase." + run.phase) : K5.stateName(run.state));
     const deviceText = (value) => {
       const parts = [value.name || ""];
       if (value.memory_total) {

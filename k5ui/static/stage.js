@@ -13,16 +13,13 @@
       clip.seed !== null && clip.seed !== undefined ? t("js.seed", { n: clip.seed }) : "",
     ].filter(Boolean).join(" · ");
 
-  // The picture or player of a clip, without controls when small.
-  const view = (clip, large) => {
+  // A clip as a small picture; videos play when a tile is pointed at.
+  const picture = (clip) => {
     const label = clip.prompt || clip.task || "";
     if (isVideo(clip)) {
-      const video = el("video", { src: K5.url(clip.url), loop: true, muted: true, playsInline: true, preload: large ? "auto" : "metadata", "aria-label": label });
+      const video = el("video", { src: K5.url(clip.url), playsInline: true, preload: "metadata", "aria-label": label });
       video.muted = true;
-      if (large) {
-        video.controls = true;
-        video.autoplay = true;
-      }
+      video.loop = true;
       return video;
     }
     if (isPicture(clip)) return el("img", { src: K5.url(clip.url), alt: label, loading: "lazy" });
@@ -34,11 +31,23 @@
     const caption = el("div.k5-caption-text");
     const facts = el("div.k5-facts");
     const tools = el("div.k5-tools");
-    const box = el("div.k5-current", {}, screen, el("div.k5-caption", {}, caption, facts), tools);
+    const controls = el("div.k5-controls");
+    let player = null;
+    const box = el("div.k5-current", {}, screen, controls, el("div.k5-caption", {}, caption, facts), tools);
     let current = null;
+    const emptyTitle = el("strong");
+    const emptyText = el("span");
+    // The empty screen tells what to do, or what is happening.
+    const hint = (run) => {
+      set(emptyTitle, t(run ? "js.making_title" : "js.empty_title"));
+      set(emptyText, run ? (run.phase === "denoise" && run.total ? K5.progressText(run) : t("js.making_text")) : t("js.empty_text"));
+    };
     const empty = () => {
       current = null;
-      screen.replaceChildren(el("div.k5-empty", {}, K5.icon("film"), el("strong", {}, t("js.empty_title")), el("span", {}, t("js.empty_text"))));
+      box.classList.add("empty");
+      screen.replaceChildren(el("div.k5-empty", {}, K5.icon("film"), emptyTitle, emptyText));
+      player = null;
+      controls.replaceChildren();
       set(caption, "");
       set(facts, "");
       tools.replaceChildren();
@@ -46,11 +55,14 @@
     const show = (clip) => {
       if (current && current.media === clip.media) return;
       current = clip;
-      screen.replaceChildren(view(clip, true));
+      box.classList.remove("empty");
+      player = isVideo(clip) ? K5.player(clip) : null;
+      screen.replaceChildren(player ? player.screen : picture(clip));
+      controls.replaceChildren(...(player ? [player.bar] : []));
       set(caption, clip.prompt || "");
       caption.title = clip.prompt || "";
       set(facts, describe(clip));
-      const video = screen.querySelector("video");
+      const video = player && player.video;
       tools.replaceChildren(
         K5.button(t("js.use_settings"), () => K5.emit("use-settings", { media: clip.media }), { icon: "use", kind: "plain" }),
         ...(video ? [K5.button(t("js.use_frame"), () => lastFrame(video), { icon: "film", kind: "plain" })] : []),
@@ -58,13 +70,8 @@
         K5.sureButton(t("js.trash"), () => actions.trash(clip.run_id), { icon: "trash", kind: "plain" }),
       );
     };
-    K5.on("space", () => {
-      const video = screen.querySelector("video");
-      if (!video || !K5.shown(screen)) return;
-      if (video.paused) video.play();
-      else video.pause();
-    });
-    return { box, show, empty, current: () => current };
+    K5.on("space", () => player && K5.shown(screen) && player.toggle());
+    return { box, show, empty, hint, current: () => current };
   };
   const extension = (clip) => (isVideo(clip) ? ".mp4" : isPicture(clip) ? ".png" : ".safetensors");
 
@@ -152,7 +159,7 @@
     const box = el("div.k5-strip", { role: "list", "aria-label": t("js.earlier") });
     const tiles = new Map();
     const tile = (clip) => {
-      const node = el("button.k5-tile", { type: "button", title: clip.prompt || "", onclick: () => choose(clip) }, view(clip, false),
+      const node = el("button.k5-tile", { type: "button", title: clip.prompt || "", onclick: () => choose(clip) }, picture(clip),
         isVideo(clip) && clip.seconds ? el("span.k5-badge", {}, K5.seconds(clip.seconds)) : null);
       const video = node.querySelector("video");
       if (video) {
@@ -211,6 +218,7 @@
     const earlier = el("h3.k5-heading", {}, t("js.earlier"));
     root.append(screen.box, live.box, queue.box, failure.box, earlier, strip.box);
     screen.empty();
+    screen.hint(null);
     live.show(null);
 
     const refresh = async () => {
@@ -237,6 +245,7 @@
       if (!status) return;
       running = status.running;
       live.show(running);
+      screen.hint(running);
       const mark = JSON.stringify([status.version, running && running.id, running && running.state, running && (running.outputs || []).length, status.queue]);
       if (mark !== seen && K5.shown(root)) {
         seen = mark;
@@ -247,6 +256,7 @@
     K5.on("submitted", () => {
       follow = true;
       K5.poke();
+      if (innerWidth < 900) live.box.scrollIntoView({ block: "end", behavior: "smooth" });
     });
     if (K5.status) show(K5.status);
   };

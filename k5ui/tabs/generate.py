@@ -109,6 +109,7 @@ class GenerateTab:
         """Wire the events; each gets all fields as one mapping."""
         form, actions = self.form, self.actions
         everything = [*form.inputs, self.images, actions]
+        inputs = form.inputs | {actions}
         edits = []
         for name, field in form.fields.items():
             if name == "task":
@@ -117,9 +118,9 @@ class GenerateTab:
                 edits.append(field.edit)  # type: ignore[attr-defined]
             else:
                 edits.append(field.change if name in rules.IMAGE_FIELDS else field.input)  # type: ignore[attr-defined]
-        gr.on(edits, self._edited, form.inputs, actions, trigger_mode="always_last", concurrency_limit=4, **_QUIET)
+        gr.on(edits, self._edited, inputs, actions, trigger_mode="always_last", concurrency_limit=4, **_QUIET)
         task = form.fields["task"]
-        task.input(self._task_chosen, form.inputs, everything, **_QUIET)  # type: ignore[attr-defined]
+        task.input(self._task_chosen, inputs, everything, **_QUIET)  # type: ignore[attr-defined]
         for name, handler in (
             ("generate", self._generate),
             ("set", self._set),
@@ -129,7 +130,7 @@ class GenerateTab:
             ("frame", self._frame),
             ("use", self._use),
         ):
-            getattr(actions, name)(handler, form.inputs, everything, **_QUIET)
+            getattr(actions, name)(handler, inputs, everything, **_QUIET)
 
     def load(self) -> dict[Component, Any]:
         """The form as the draft says; for the load event of the page."""
@@ -143,21 +144,27 @@ class GenerateTab:
         """Fill the form with the settings of a run."""
         return self._restore({"run": run_id})
 
-    def _edited(self, data: Mapping[Component, Any]) -> dict[Component, Any]:
+    def _edited(self, data: Mapping[Component, Any]) -> Any:
+        if not self._loaded(data):
+            return gr.skip()
         values = self._read(data)
         draft = self.services.drafts.load(DRAFT)
         # A new task is settled by its own event, which finds the old one in the draft.
         self._save(values | ({"task": draft["task"]} if draft.get("task") in TASKS else {}))
         return {self.actions: self._state(values)}
 
-    def _task_chosen(self, data: Mapping[Component, Any]) -> dict[Component, Any]:
+    def _task_chosen(self, data: Mapping[Component, Any]) -> Any:
+        if not self._loaded(data):
+            return gr.skip()
         values = self._read(data)
         before = rules.restored(self.services.drafts.load(DRAFT))
         if before["task"] == values["task"]:
             return {self.actions: self._state(values)}
         old, new = rules.task_of(before), rules.task_of(values)
         changes = rules.task_values(new)
-        known, suitable = rules.examples(old, self.words.now), rules.examples(new, self.words.now)
+        known, suitable = (
+            [example["prompt"] for example in rules.examples(task, self.words.now)] for task in (old, new)
+        )
         if values.get("prompt") in (None, *known) and values.get("prompt") not in suitable:
             changes["prompt"] = suitable[0]
         if new.mode == "t2v":
@@ -223,6 +230,11 @@ class GenerateTab:
             changes |= {"task": new.name, **rules.task_values(new)}
             note = texts("generate.frame_other_model", title=new.title)
         return self._fill(values | changes, only=changes, note=note)
+
+    def _loaded(self, data: Mapping[Component, Any]) -> bool:
+        """Whether the page shows the draft already: fields may report a change while they are being filled."""
+        state = data.get(self.actions)
+        return isinstance(state, dict) and bool(state.get("task"))
 
     # --- helpers --------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 import platform
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +16,7 @@ from backend.config.generate import GenerateOptions
 from backend.config.options import from_mapping
 from backend.config.tasks import TASKS
 from backend.errors import Problems
+from k5ui.live import sentences
 from k5ui.services import Services
 from k5ui.settings import SHARED, WEIGHT_PARTS
 from k5ui.text.loader import Texts, Words
@@ -49,6 +51,12 @@ class SettingsTab:
             field = gr.Textbox(max_lines=1, elem_id=f"k5-s-{part}")
             self.fields[part] = words.say(field, label=f"field.{part}")
             self.lines[part] = gr.HTML(elem_classes="k5-check-line", padding=False)
+        self.lora_folder = words.say(
+            gr.Textbox(max_lines=1, elem_id="k5-s-lora_folder"),
+            label="settings.lora_folder",
+            info="settings.lora_folder_info",
+        )
+        self.lora_line = gr.HTML(elem_classes="k5-check-line", padding=False)
         self.save = words.say(gr.Button(variant="primary", elem_id="k5-s-save"), value="settings.save")
         self._heading("settings.overview")
         self.overview = gr.HTML(padding=False)
@@ -85,11 +93,11 @@ class SettingsTab:
 
     def connect(self) -> None:
         """Wire the events."""
-        inputs = {self.task, *self.fields.values()}
+        inputs = {self.task, self.lora_folder, *self.fields.values()}
         shown = self.outputs()
         self.task.input(self._show_task, {self.task}, shown, **_QUIET)
         self.save.click(self._save, inputs, shown, **_QUIET)
-        for field in self.fields.values():
+        for field in (*self.fields.values(), self.lora_folder):
             field.submit(self._save, inputs, shown, **_QUIET)
         self.theme.input(
             self._set_theme, {self.theme}, None, js="(theme) => { K5.setTheme(theme); return [theme]; }", **_QUIET
@@ -100,13 +108,15 @@ class SettingsTab:
 
     def outputs(self) -> list[Any]:
         """What `load` changes."""
-        return [self.task, *self.fields.values(), *self.lines.values(), self.overview, self.theme, self.language]
+        fields = [self.task, *self.fields.values(), *self.lines.values(), self.lora_folder, self.lora_line]
+        return [*fields, self.overview, self.theme, self.language]
 
     def load(self) -> dict[Any, Any]:
         """The settings as they are now; for the load event of the page."""
         settings = self.services.settings
         return self._shown(_FIRST_REAL) | {
             self.task: _FIRST_REAL,
+            self.lora_folder: settings.lora_folder or "",
             self.theme: settings.theme,
             self.language: settings.language,
         }
@@ -123,7 +133,11 @@ class SettingsTab:
             settings.set_weights(SHARED, **{part: texts[part] for part in SHARED_PARTS})
         except Problems as error:
             return {self.lines[p.field]: _line(False, p.message) for p in error.problems if p.field in self.lines}
-        return self._shown(task)
+        try:
+            settings.update(lora_folder=str(data[self.lora_folder] or "").strip() or None)
+        except Problems as error:
+            return self._shown(task) | {self.lora_line: _line(False, sentences(error))}
+        return self._shown(task) | {self.lora_folder: settings.lora_folder or ""}
 
     def _shown(self, task: str) -> dict[Any, Any]:
         """The four paths of a task with what their headers say, and the table of all tasks."""
@@ -136,7 +150,10 @@ class SettingsTab:
             wrong = problems.get(part) if found.ok else None
             updates[field] = gr.update(value=path or "", info=self._whose(part, task))
             updates[self.lines[part]] = _line(found.ok and not wrong, wrong or found.text)
-        return updates | {self.overview: self._overview()}
+        folder = self.services.settings.lora_folder
+        found = f"{len(self.services.lora_files())} × .safetensors" if not folder or os.path.isdir(folder) else ""
+        missing = self.words.now("settings.folder_missing")
+        return updates | {self.overview: self._overview(), self.lora_line: _line(bool(found), found or missing)}
 
     def _whose(self, part: str, task: str) -> str:
         if part == "dit":

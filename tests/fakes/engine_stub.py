@@ -1,6 +1,6 @@
 """An engine without torch: the flags, events and files of a generation, for tests of everything around the engine.
 
-Words in the prompt choose what happens: [slow] takes about twenty seconds, [crash] exits with 3, [kill] ends itself with
+Words in the prompt choose what happens: [slow] takes about twenty seconds, [crash] exits with 3, [kill] ends itself by
 SIGKILL, [hang] stops saying anything, [ignore-stop] ignores stop requests and SIGTERM, [fail] reports problems and
 exits with 2, [oom] reports a memory error and exits with 1, [child] starts a process of its own that sleeps for a
 minute, [late] exits with 4 after it has finished, [silent] ends with 0 without a word. `starts.txt` in the run folder

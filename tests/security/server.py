@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-START_SECONDS = 120
+START_SECONDS = 240
 READY = re.compile(r"^K5 Studio is ready: http://[^/]*?:(\d+)(/\S*)$", re.MULTILINE)
 
 

@@ -162,10 +162,11 @@ def test_five_hundred_runs_are_listed_at_once(store: RunStore, make_run: Callabl
     assert len(runs) == 500
     assert min(seconds) < 0.1, seconds
     print(f"\nlist of 500 runs: {min(seconds) * 1000:.1f} ms warm")
-    began = time.perf_counter()
-    views = [view_run(run) for run in runs]
-    print(f"view of 500 runs: {(time.perf_counter() - began) * 1000:.1f} ms")
-    assert len(views) == 500
+    for moment in ("first", "again"):
+        began, busy = time.perf_counter(), time.process_time()
+        assert len([view_run(run) for run in runs]) == 500
+        wall, busy = time.perf_counter() - began, time.process_time() - busy
+        print(f"view of 500 runs, {moment}: {wall * 1000:.1f} ms, of these {busy * 1000:.1f} ms at work")
 
 
 def test_trash_moves_and_keeps_everything(store: RunStore, make_run: Callable[..., Run]) -> None:

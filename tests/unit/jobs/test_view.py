@@ -280,8 +280,9 @@ def test_a_run_of_a_terminal_shows(make_run: MakeRun, living: ProcessIdentity) -
     run = make_run()
     put_events(run, ("started", 0, {**STARTED, "pid": living.pid}), step())
     assert view_run(run).state is JobState.RUNNING
-    put_events(run, ("started", 7200, {**STARTED, "pid": living.pid}), step())
-    assert view_run(run).state is JobState.INTERRUPTED
+    older = make_run()
+    put_events(older, ("started", 7200, {**STARTED, "pid": living.pid}), step())
+    assert view_run(older).state is JobState.INTERRUPTED
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +103,7 @@ def test_names_with_underscores_come_from_the_model_and_are_never_guessed(file: 
     "prefix",
     [
         "",
+        "module.",
         "transformer.",
         "base_model.model.",
         "base_model.model.transformer.",
@@ -378,6 +380,37 @@ def test_every_truncation_and_a_missing_file_are_user_errors(file: Path) -> None
     file.unlink()
     with pytest.raises(UserError, match="does not exist"):
         read_lora(file)
+
+
+def test_random_damage_of_the_header_never_escapes_as_another_error(file: Path) -> None:
+    save_file(_kohya(), file)
+    whole = file.read_bytes()
+    header_length = 8 + struct.unpack("<Q", whole[:8])[0]
+    draw = random.Random(5)
+    refused = 0
+    for _ in range(400):
+        damaged = bytearray(whole)
+        for _ in range(draw.randint(1, 3)):
+            damaged[draw.randrange(header_length)] = draw.randrange(256)
+        file.write_bytes(damaged)
+        try:
+            resolve(read_lora(file), linear_targets(skeleton()))
+        except UserError as error:
+            refused += 1
+            assert error.field == "lora_weight"
+    assert refused > 300
+
+
+def test_a_file_that_is_overwritten_in_place_changes_nothing_that_was_read(file: Path) -> None:
+    """Tensors that only map the file would change with it, or end the process when it becomes shorter."""
+    lora = random_lora(skeleton(), [QUERY])
+    write_lora(file, lora)
+    read = read_lora(file)
+    with open(file, "r+b") as handle:
+        handle.write(b"\0" * file.stat().st_size)
+    weights = next(iter(read.layers.values()))
+    assert torch.equal(weights.down, lora[QUERY].down)
+    assert torch.equal(weights.up, lora[QUERY].up)
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
