@@ -34,6 +34,7 @@ MAX_READ_BYTES = 4 << 20
 HEARTBEAT_SECONDS = 10.0
 _LOCK_WAIT_SECONDS = 1.0
 _CHUNK = 1 << 16
+_MAX_TIME = 1e12  # seconds; more is damage, and an int of 400 digits is no float
 _RESERVED = ("v", "seq", "t", "type")
 
 
@@ -440,7 +441,7 @@ def _decode(line: bytes) -> dict[str, Any] | None:
     seq, moment, type_ = record.get("seq"), record.get("t"), record.get("type")
     if type(seq) is not int or not 0 < seq < 1 << 53 or not isinstance(type_, str):
         return None
-    if isinstance(moment, bool) or not isinstance(moment, int | float):
+    if isinstance(moment, bool) or not isinstance(moment, int | float) or not 0 <= moment < _MAX_TIME:
         return None
     # Half of a surrogate pair can be written as an escape, but nobody can encode it again: a page would break on it.
     return _plain(record, "", [], 0) if b"\\ud" in line or b"\\uD" in line else record

@@ -143,9 +143,8 @@ class Row:
         cells = [f"{self.words[word] * 100:.0f} %" for word in WORDS]
         psnr = f"{sum(self.first_psnr) / len(self.first_psnr):.1f} dB" if self.first_psnr else "-"
         least = f"{min(self.first_psnr):.1f} dB" if self.first_psnr else "-"
-        return " | ".join(
-            ["", self.name, str(len(self.clips)), *cells, psnr, least, f"{self.seconds:.2f} s", ""]
-        ).strip()
+        cells += [psnr, least, f"{self.seconds:.2f} s"]
+        return f"| {self.name} | {len(self.clips)} | {' | '.join(cells)} |"
 
 
 HEADER = """| clips | n | colour | shape | motion | background | all four | frame 0, mean | frame 0, least | time |
@@ -225,7 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = evaluate(DemoModel(options.weights, sampling), prompts)
     print(HEADER)
     for row in rows:
-        print(f"| {row.text()}" if not row.text().startswith("|") else row.text())
+        print(row.text())
     if options.sheets:
         for row, name in zip(rows, ("vae", "t2v", "i2v"), strict=True):
             contact_sheet(row.clips[:16], [p.text[:52] for p in prompts[:16]], options.sheets / f"demo-{name}.png")

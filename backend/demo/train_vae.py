@@ -219,17 +219,19 @@ def train_decoder(vae: VaeModel, stage: VaeStage, folder: Path) -> None:
     frozen = (*vae.encoder.parameters(), *vae.quant_conv.parameters())
     for weight in frozen:
         weight.requires_grad_(False)
-    pool = FramePool(rng, 32 if stage.seconds < 60 else 120)
+    pool = FramePool(rng, 32 if stage.seconds < 60 else 200)
 
-    def loss_of() -> torch.Tensor:
-        if rng.random() < 0.7:
-            clips = torch.stack([scene(rng, FRAMES, SIDE, SIDE) for _ in range(stage.batch)])
-        else:
-            clips = pool.frames(stage.batch * 6)
+    def disturbed_loss(clips: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             latents = vae.encode(clips).latent_dist.mean
         level = 0.06 / vae.config.scaling_factor * torch.rand(len(clips), 1, 1, 1, 1)
         return picture_loss(vae.decode(latents + level * torch.randn_like(latents)).sample, clips)
+
+    def loss_of() -> torch.Tensor:
+        if rng.random() < 0.5:
+            return disturbed_loss(torch.stack([scene(rng, FRAMES, SIDE, SIDE) for _ in range(stage.batch)]))
+        with single_frame_convolutions(vae):
+            return disturbed_loss(pool.frames(stage.batch * 8))
 
     vae.use_framewise_encoding = vae.use_framewise_decoding = False
     vae.train()

@@ -25,6 +25,7 @@ KILL_REQUEST = "kill"
 QUEUE_FILE = "queue.json"
 
 _MAX_JSON_BYTES = 1 << 20
+_LARGEST = 1e18
 #: An unreadable started.json that is younger may still be in the writing.
 _CLAIM_GRACE_SECONDS = 10.0
 
@@ -65,8 +66,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def number(value: Any) -> float | None:
-    """A finite number from JSON, else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """A number from JSON that is of a usable size, else None."""
+    # The comparison also refuses NaN, and whole numbers that no float can hold.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
         return None
     return float(value)
 

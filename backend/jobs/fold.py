@@ -100,7 +100,7 @@ def _progress(fold: Fold, record: dict[str, Any], _: float) -> None:
     fold.message = _text(record, "message") or fold.message
     fold.step, fold.total = whole_number(record.get("done")), whole_number(record.get("total"))
     rate = number(record.get("rate"))
-    fold.seconds_per_step = 1.0 / rate if rate is not None and rate > 0 else None
+    fold.seconds_per_step = 1.0 / rate if rate is not None and rate > 1e-9 else None
     fold.remaining_seconds = number(record.get("remaining_seconds"))
 
 

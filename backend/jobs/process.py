@@ -44,7 +44,7 @@ class ProcessIdentity:
         pid, created, boot, ticks = (value.get(key) for key in ("pid", "create_time", "boot_id", "start_ticks"))
         if type(pid) is not int or not 0 < pid < 1 << 31:
             return None
-        if isinstance(created, bool) or not isinstance(created, int | float):
+        if isinstance(created, bool) or not isinstance(created, int | float) or not 0 <= created < 1e12:
             return None
         return cls(pid, float(created), boot if isinstance(boot, str) else "", ticks if type(ticks) is int else None)
 

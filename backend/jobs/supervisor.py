@@ -6,7 +6,6 @@ the run by creating started.json exclusively; a second supervisor on the same fo
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -167,14 +166,13 @@ def _write_command(
 def _wait(engine: subprocess.Popen[Any], identity: ProcessIdentity | None) -> int:
     """Wait for the engine, end what it leaves behind, and return its exit code (negative: the signal)."""
     if hasattr(os, "waitid"):
-        # Wait without collecting it: until then nobody else can get its pid, nor its process group's number.
+        # Wait without collecting it: until then nobody else can get its pid, nor its session's number.
         os.waitid(os.P_PID, engine.pid, os.WEXITED | os.WNOWAIT)
-        with contextlib.suppress(OSError):
-            os.killpg(engine.pid, signal.SIGKILL)
-    code = engine.wait()
+    else:
+        engine.wait()
     if identity is not None:
         end_tree(identity, 0.0)
-    return code
+    return engine.wait()
 
 
 def main(arguments: list[str]) -> int:

@@ -81,6 +81,12 @@ def empty_cache(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
+def host_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` in CPU memory; pinned when `device` can then copy it without waiting."""
+    host = tensor.to(torch.device("cpu"))
+    return host.pin_memory() if device.type == "cuda" and not host.is_pinned() else host
+
+
 def compute_capability(device: torch.device) -> tuple[int, int] | None:
     """The CUDA compute capability of `device`, None for every other kind."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None

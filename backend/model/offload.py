@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from backend.errors import UserError
+from backend.model.device import host_copy
 from backend.model.dit import Kandinsky5Transformer
 
 
@@ -36,7 +37,7 @@ class BlockSwap:
         swapped = {id(tensor) for block in self._swapped for tensor in _tensors(block)}
         for tensor in _tensors(self._transformer):
             if id(tensor) in swapped:
-                tensor.data = _pinned(tensor.data, self._device)
+                tensor.data = host_copy(tensor.data, self._device)
             else:
                 tensor.data = tensor.data.to(self._device)
 
@@ -52,8 +53,3 @@ class BlockSwap:
 
 def _tensors(block: nn.Module) -> list[torch.Tensor]:
     return [*block.parameters(), *block.buffers()]
-
-
-def _pinned(master: torch.Tensor, device: torch.device) -> torch.Tensor:
-    host = master.to(torch.device("cpu"))
-    return host.pin_memory() if device.type == "cuda" and not host.is_pinned() else host

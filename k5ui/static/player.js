@@ -17,9 +17,11 @@
     const screen = el("div.k5-player", {}, video);
     const bar = el("div.k5-player-bar", {}, button, range, counter);
     let canvas = null;
+    let small = null;
     if (clip.width && clip.width <= TINY && clip.height <= TINY) {
       const factor = Math.max(2, Math.floor(768 / Math.max(clip.width, clip.height)));
       canvas = el("canvas", { width: clip.width * factor, height: clip.height * factor, "aria-hidden": "true", onclick: () => toggle() });
+      small = el("canvas", { width: clip.width, height: clip.height });
       screen.append(canvas);
     }
     const toggle = () => {
@@ -31,7 +33,9 @@
         const context = canvas.getContext("2d");
         context.imageSmoothingEnabled = true;
         context.imageSmoothingQuality = "high";
-        context.drawImage(video, 0, 0, canvas.width, canvas.height);
+        // In two steps: a frame of a video is enlarged with blocks where a picture is enlarged smoothly.
+        small.getContext("2d").drawImage(video, 0, 0, small.width, small.height);
+        context.drawImage(small, 0, 0, canvas.width, canvas.height);
       }
       const frame = Math.min(frames - 1, Math.max(0, Math.floor(video.currentTime * fps + 0.01)));
       if (document.activeElement !== range || !video.paused) range.value = String(frame);

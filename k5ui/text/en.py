@@ -105,14 +105,12 @@ TEXTS = {
     "settings.shared": "for all Lite and Pro tasks",
     "settings.for_task": "for {checkpoint}",
     "settings.lora_folder": "LoRA folder",
-    "settings.lora_folder_info": "LoRAs of this folder, and those of the workspace's own folder loras, are offered in Generate.",
+    "settings.lora_folder_info": "Generate offers the LoRAs of this folder and of the workspace's own folder 'loras'.",
     "settings.folder_missing": "There is no such folder.",
     "settings.save": "Save and check",
-    "settings.saved": "Saved.",
     "settings.overview": "All tasks",
     "settings.ready": "ready",
     "settings.missing": "missing: {parts}",
-    "settings.not_fitting": "The task needs another file: {table}",
     "settings.page": "Page",
     "settings.theme": "Theme",
     "settings.theme_info": "Auto follows the system.",
@@ -127,7 +125,6 @@ TEXTS = {
     "settings.about": "About",
     "settings.about_text": "K5 Studio: Kandinsky 5 video in one place. Apache-2.0. "
     "It runs on this machine and sends nothing.",
-    "settings.versions": "Versions",
     # scripts
     "js.idle": "Nothing is running",
     "js.open_run": "Open this run",

@@ -105,14 +105,12 @@ TEXTS = {
     "settings.shared": "для всех задач Lite и Pro",
     "settings.for_task": "для {checkpoint}",
     "settings.lora_folder": "Папка LoRA",
-    "settings.lora_folder_info": "LoRA из этой папки и из папки loras рабочей папки предлагаются на странице генерации.",
+    "settings.lora_folder_info": "LoRA отсюда и из папки loras рабочей папки предлагаются при генерации.",
     "settings.folder_missing": "Такой папки нет.",
     "settings.save": "Сохранить и проверить",
-    "settings.saved": "Сохранено.",
     "settings.overview": "Все задачи",
     "settings.ready": "готово",
     "settings.missing": "не хватает: {parts}",
-    "settings.not_fitting": "Для задачи нужен другой файл: {table}",
     "settings.page": "Страница",
     "settings.theme": "Тема",
     "settings.theme_info": "Авто: как в системе.",
@@ -127,7 +125,6 @@ TEXTS = {
     "settings.about": "О программе",
     "settings.about_text": "K5 Studio: видео Kandinsky 5 в одном месте. Apache-2.0. "
     "Работает на этой машине и ничего не отправляет.",
-    "settings.versions": "Версии",
     # scripts
     "js.idle": "Ничего не выполняется",
     "js.open_run": "Открыть этот запуск",

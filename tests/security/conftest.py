@@ -69,7 +69,9 @@ def make_run(workspace: Path) -> None:
     names = ("clip.png", "link.png", "folder.png", "../../../secret.png", "../options.toml", "gone.png")
     records = [{"type": "started", "attempt": 1, "entry": "x", "pid": 1, "task": "k5-demo-t2v", "versions": {}}]
     for name in names:
-        records.append({"type": "sample", "path": f"outputs/{name}", "kind": "image", "width": 4, "height": 4, "seed": 7})
+        records.append(
+            {"type": "sample", "path": f"outputs/{name}", "kind": "image", "width": 4, "height": 4, "seed": 7}
+        )
     records.append({"type": "sample", "path": "/etc/passwd", "kind": "image"})
     records.append({"type": "finished", "outputs": [], "seconds": 1.0})
     lines = [json.dumps({"v": 1, "seq": seq, "t": now, **record}) for seq, record in enumerate(records, 1)]

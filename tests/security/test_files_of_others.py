@@ -99,7 +99,9 @@ GRADIO_FILES = (
 
 
 @pytest.mark.parametrize("path", GRADIO_FILES)
-@pytest.mark.parametrize("route", ["/gradio_api/file=", "/file=", "/gradio_api/file/", "/static/", "/assets/", "/svelte/"])
+@pytest.mark.parametrize(
+    "route", ["/gradio_api/file=", "/file=", "/gradio_api/file/", "/static/", "/assets/", "/svelte/"]
+)
 def test_gradios_own_file_routes(local: Server, repository: Path, route: str, path: str) -> None:
     answer = local.fetch(route + path.format(workspace=local.workspace, run=RUN_ID, root=repository))
     assert answer.status in (307, 403, 404)

@@ -348,13 +348,24 @@ def test_small_pages_give_the_same_records(path: Path, monkeypatch: pytest.Monke
         assert not page.gap
 
 
+def test_a_reader_that_asks_for_little_still_gets_large_records(path: Path) -> None:
+    with Journal(path) as journal:
+        journal.emit("warning", rows=["z" * 1900] * 60)
+        journal.emit("step")
+    page = read_events(path, max_bytes=1000)
+    assert [record["seq"] for record in page.records] == [1, 2]
+    assert not page.gap
+
+
 @pytest.mark.parametrize(
     "line",
     [
         b"", b"{", b"[]", b"null", b"17", b'"text"', b"\x00\x01", b"\xff" * 40, b"{}", b"[" * 100_000,
         b'{"seq":1,"t":1}', b'{"seq":true,"t":1,"type":"step"}', b'{"seq":"2","t":1,"type":"step"}',
         b'{"seq":2,"t":"now","type":"step"}', b'{"seq":2,"t":NaN,"type":"step"}', b'{"seq":2,"t":1e999,"type":"step"}',
-        b'{"seq":2,"t":1,"type":5}', b'{"seq":-2,"t":1,"type":"step"}',
+        b'{"seq":2,"t":1,"type":5}',
+        b'{"seq":2,"t":1' + b"0" * 400 + b',"type":"step"}',
+        b'{"seq":2,"t":-1,"type":"step"}', b'{"seq":-2,"t":1,"type":"step"}',
         b'{"seq":' + b"9" * 5000 + b',"t":1,"type":"step"}',
     ],
 )  # fmt: skip

@@ -285,6 +285,19 @@ def test_a_run_of_a_terminal_shows(make_run: MakeRun, living: ProcessIdentity) -
     assert view_run(older).state is JobState.INTERRUPTED
 
 
+def test_last_words_between_two_readings_count(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of a terminal that finishes just after its journal was read must not flash as interrupted."""
+    run = make_run()
+    put_events(run, ("started", 1, STARTED), step())
+
+    def finish(*_: object) -> None:
+        with open(run.folder / "events.jsonl", "a") as handle:
+            handle.write(json.dumps({"v": 1, "seq": 3, "t": time.time(), "type": "finished", "outputs": []}) + "\n")
+
+    monkeypatch.setattr("backend.jobs.view.alive_since", finish)
+    assert view_run(run).state is JobState.FINISHED
+
+
 @pytest.mark.parametrize(
     "name", ["started.json", "command.json", "result.json", "events.jsonl", "options.toml", "log.txt"]
 )
@@ -301,7 +314,7 @@ def test_damaged_files_never_raise(make_run: MakeRun, dead: ProcessIdentity, nam
 
 def test_fields_of_wrong_types_never_raise(make_run: MakeRun) -> None:
     run = make_run()
-    odd: list[Any] = [None, True, -1, 1.5, "text", [], {}, [1, {"a": []}]]
+    odd: list[Any] = [None, True, -1, 1.5, 1e-320, 10**400, "text", [], {}, [1, {"a": []}]]
     kinds = (
         "started",
         "phase",
@@ -331,6 +344,12 @@ def test_fields_of_wrong_types_never_raise(make_run: MakeRun) -> None:
     records = [(kind, 1.0, dict.fromkeys(names, value)) for kind in (*kinds, "new_type") for value in odd]
     put_events(run, *records)
     assert isinstance(view_run(run), RunView)
+    for value in odd:
+        result = {"exit_code": value, "signal": value, "ended": value, "error": value}
+        put_json(run.folder / "result.json", result)
+        put_json(run.folder / "command.json", {"engine": {"pid": 1, "create_time": value, "boot_id": value}})
+        put_json(run.folder / "started.json", {"time": value, "supervisor": value})
+        assert isinstance(view_run(run), RunView)
 
 
 def test_a_deleted_run_looks_empty(make_run: MakeRun) -> None:

@@ -317,7 +317,9 @@ def test_the_redirect_stays_here(path: str) -> None:
     assert location.startswith("/")
     assert not location.startswith(("//", "/\\"))
     assert "\n" not in location
-    assert ask(Policy(token=TOKEN, root_path="/k5"), path="/k5/x", query=f"token={TOKEN}").headers["location"] == "/k5/x"
+    assert (
+        ask(Policy(token=TOKEN, root_path="/k5"), path="/k5/x", query=f"token={TOKEN}").headers["location"] == "/k5/x"
+    )
 
 
 def test_the_token_is_not_shown_by_repr() -> None:

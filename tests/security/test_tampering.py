@@ -1,0 +1,248 @@
+"""The page's own events, called by hand with values that no widget would send."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.security.conftest import RUN_ID
+from tests.security.server import Server
+
+HOSTILE_TEXT = ("../../../etc/passwd", "{workspace}/.secret", "$(touch /tmp/k5-owned)", "';--", "\0", "x" * 100_000)
+FILE = {"path": "/etc/passwd", "orig_name": "x.png", "meta": {"_type": "gradio.FileData"}}
+HOSTILE_VALUES: tuple[Any, ...] = (None, -1, 1e308, True, [], {}, [["../.."]], {"path": "../.."}, *HOSTILE_TEXT)
+VERBS = {"set_preference", "stop", "dequeue", "kill", "trash"}
+
+
+class Page:
+    """The page's components and events, as anybody can read them from /config."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.config = server.fetch("/config").json()
+        self.components = {component["id"]: component for component in self.config["components"]}
+
+    def event(self, name: str) -> dict[str, Any]:
+        """The event that a part of the page triggers under this name."""
+        return next(d for d in self.config["dependencies"] if any(target[1] == name for target in d["targets"]))
+
+    def run(self, name: str, changes: dict[str, Any], event_data: Any = None) -> dict[str, Any]:
+        """Trigger an event with the form as it stands, some fields (by element id) changed."""
+        event = self.event(name)
+        data = []
+        for number in event["inputs"]:
+            props = self.components[number]["props"]
+            data.append(changes.get(props.get("elem_id") or "", props.get("value")))
+        return self.server.event(event["id"], data, event_data)
+
+    def parts(self) -> list[tuple[int, str]]:
+        """(component, function) of everything that the page's scripts may call directly."""
+        return [(n, fn) for n, c in self.components.items() for fn in c["props"].get("server_fns") or []]
+
+    def call(self, component: int, function: str, data: Any) -> Any:
+        session = uuid.uuid4().hex
+        request = {"component_id": component, "fn_name": function, "data": data, "session_hash": session}
+        return self.server.post("/gradio_api/component_server", request)
+
+
+@pytest.fixture(scope="module")
+def page(local: Server) -> Page:
+    return Page(local)
+
+
+@pytest.fixture(scope="module")
+def member_page(member: Server) -> Page:
+    return Page(member)
+
+
+def runs_of(server: Server) -> set[str]:
+    return set(os.listdir(server.workspace / "runs"))
+
+
+# --- what can be called at all ------------------------------------------------------------------------------------
+
+
+def test_no_event_is_a_public_endpoint(page: Page) -> None:
+    """An unnamed lambda would become a public endpoint; whatever is public has to be listed here."""
+    info = page.server.fetch("/gradio_api/info").json()
+    assert info["named_endpoints"] == {}
+    assert {d["api_name"] for d in page.config["dependencies"] if d["api_visibility"] != "private"} <= {"js_fn"}
+
+
+def test_private_events_have_no_address(page: Page) -> None:
+    for event in page.config["dependencies"]:
+        answer = page.server.post(f"/gradio_api/call/{event['api_name']}", {"data": []})
+        assert answer.status in (403, 404, 422), event["api_name"]
+
+
+def test_scripts_may_call_these_functions_only(page: Page) -> None:
+    assert {function for _, function in page.parts()} == VERBS
+    for component, _ in page.parts():
+        for name in ("postprocess", "__init__", "_", "value.__class__", "get_config", ""):
+            assert page.call(component, name, ["x"]).status in (404, 422)
+
+
+def test_no_route_of_gradio_takes_a_shared_link(page: Page) -> None:
+    assert page.server.fetch("/gradio_api/deep_link?session_hash=x").status == 404
+    assert page.server.fetch("/gradio_api/mcp/").status == 404
+
+
+# --- runs by hostile names ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", ["../x", "..", "", f"{RUN_ID}/../{RUN_ID}", "/etc", "\0", None, 7, ["a"], {"a": 1}])
+def test_verbs_on_hostile_runs(page: Page, run: Any) -> None:
+    """kohya_ss once deleted any file that a hidden textbox named: kohya_ss#3604."""
+    before = runs_of(page.server)
+    for component, function in page.parts():
+        if function != "set_preference":
+            for data in ([run], run):
+                answer = page.call(component, function, data)
+                assert answer.status in (200, 422, 500)
+                assert answer.status != 200 or answer.json()["error"]
+                assert str(page.server.workspace) not in answer.text
+    assert runs_of(page.server) == before
+    assert not (page.server.workspace / "trash").exists() or not os.listdir(page.server.workspace / "trash")
+
+
+@pytest.mark.parametrize("arguments", [["theme", "../x"], ["models", "x"], ["lora_folder", "/etc"], [], "theme", None])
+def test_preferences_are_from_a_list(page: Page, arguments: Any) -> None:
+    for component, function in page.parts():
+        if function == "set_preference":
+            answer = page.call(component, function, arguments)
+            assert answer.status == 500 or answer.json()["error"]
+    settings = page.server.workspace / "settings.toml"
+    assert not settings.exists() or "etc" not in settings.read_text()
+
+
+@pytest.mark.parametrize("name", ["clone", "use", "fromfile", "frame"])
+@pytest.mark.parametrize(
+    "value", ["../x", "/etc/passwd", "{workspace}/.secret", "{workspace}/runs/../.secret", None, 7]
+)
+def test_clips_and_runs_by_hostile_names(page: Page, name: str, value: Any) -> None:
+    if isinstance(value, str):
+        value = value.format(workspace=page.server.workspace)
+    uploads = page.server.workspace / "cache" / "uploads"
+    before = set(uploads.rglob("*"))
+    message = page.run(name, {}, {"run": value, "media": value, "path": value})
+    text = json.dumps(message)
+    assert "root:" not in text
+    assert "Traceback" not in text
+    assert not {path for path in set(uploads.rglob("*")) - before if path.is_file()}
+
+
+# --- values of the form -------------------------------------------------------------------------------------------
+
+
+def test_files_of_this_machine_are_no_uploads(page: Page) -> None:
+    """Gradio gives a handler only files that were uploaded, whatever path a request names."""
+    message = page.run("generate", {"k5-f-task": "k5-demo-i2v", "k5-f-image": FILE}, {"count": 1})
+    assert message["success"] is False
+    assert "root:" not in json.dumps(message)
+    assert runs_of(page.server) == {RUN_ID}
+
+
+def test_every_event_survives_hostile_values(page: Page) -> None:
+    """Any value in any place: an answer or an error, no file, no run, no secret, and the app lives."""
+    secret = (page.server.workspace / ".secret").read_bytes().hex()
+    for event in page.config["dependencies"]:
+        for value in HOSTILE_VALUES:
+            if isinstance(value, str):
+                value = value.replace("{workspace}", str(page.server.workspace))
+            message = page.server.event(event["id"], [value] * len(event["inputs"]), {"count": value, "path": value})
+            text = json.dumps(message)
+            assert "root:" not in text
+            assert secret not in text
+    assert not Path("/tmp/k5-owned").exists()
+    assert runs_of(page.server) == {RUN_ID}
+    assert page.server.fetch("/api/status").status == 200
+
+
+@pytest.mark.parametrize(
+    ("changes", "count"),
+    [
+        ({"k5-f-task": "../../../etc"}, 1),
+        ({"k5-f-task": ["k5-demo-t2v"]}, 1),
+        ({"k5-f-frames": -5}, 1),
+        ({"k5-f-seed": 2**70}, 1),
+        ({"k5-f-steps": "many"}, 1),
+        ({}, 0),
+        ({}, 100_000),
+    ],
+)
+def test_a_refused_form_makes_no_run(page: Page, changes: dict[str, Any], count: int) -> None:
+    page.run("generate", {"k5-f-prompt": "a red circle", **changes}, {"count": count})
+    assert runs_of(page.server) == {RUN_ID}
+
+
+# --- an app that lets others in reads its roots only --------------------------------------------------------------
+
+OUTSIDE = "/etc/passwd"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"k5-loras": [{"path": OUTSIDE, "strength": 1.0}]},
+        {"k5-loras": [{"path": "{roots}/../local/secret.png", "strength": 1.0}]},
+        {"k5-loras": [{"path": "{roots}/link", "strength": 1.0}]},
+        {"k5-f-from_file": OUTSIDE, "k5-f-prompt": ""},
+        {"k5-f-from_file": "{roots}/prompts.txt", "k5-f-prompt": ""},
+        {"k5-f-latent_path": OUTSIDE},
+        {"k5-f-dit": "/"},
+        {"k5-f-vae": OUTSIDE},
+        {"k5-f-text_encoder_qwen": "/etc"},
+    ],
+)
+def test_paths_outside_the_roots(member_page: Page, changes: dict[str, Any]) -> None:
+    server = member_page.server
+    roots = server.workspace.parent / "roots"
+    (roots / "prompts.txt").write_text(f"a red circle --i {server.workspace.parent}/local/secret.png\n")
+    if not (roots / "link").is_symlink():
+        (roots / "link").symlink_to(OUTSIDE)
+    filled = json.loads(json.dumps(changes).replace("{roots}", str(roots)))
+    if "k5-f-from_file" in changes:
+        filled["k5-f-task"] = "k5-demo-i2v"
+    before = runs_of(server)
+    message = json.dumps(member_page.run("generate", {"k5-f-prompt": "a red circle", **filled}, {"count": 1}))
+    assert runs_of(server) == before
+    assert "outside the folders" in message
+    assert "root:" not in message
+
+
+def test_settings_outside_the_roots(member_page: Page) -> None:
+    changes = {"k5-s-task": "k5-pro-t2v-5s-sd", "k5-s-dit": OUTSIDE, "k5-s-lora_folder": "/etc"}
+    event = next(
+        d for d in member_page.config["dependencies"] if [95, "click"] in d["targets"] or d["api_name"] == "_save"
+    )
+    data = [changes.get(member_page.components[n]["props"].get("elem_id"), "") for n in event["inputs"]]
+    member_page.server.event(event["id"], data)
+    settings = member_page.server.workspace / "settings.toml"
+    assert not settings.exists() or "/etc" not in settings.read_text()
+
+
+def test_a_whole_form_makes_a_run_and_nothing_else(page: Page) -> None:
+    """The counterpart of all refusals, last because it starts an engine: the same call with honest values works."""
+    message = page.run("generate", {"k5-f-prompt": "a red circle", "k5-f-steps": 1}, {"count": 1})
+    assert message["success"], message
+    (made,) = runs_of(page.server) - {RUN_ID}
+    run = page.server.fetch(f"/api/runs/{made}").json()
+    assert run["prompt"] == "a red circle"
+    component = next(n for n, function in page.parts() if function == "stop")
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and page.server.fetch(f"/api/runs/{made}").json()["ended"] is None:
+        page.call(component, "dequeue", [made])
+        page.call(component, "kill", [made])
+        state = page.server.fetch(f"/api/runs/{made}").json()
+        if state["state"] == "queued" and state["queue_position"] is None:
+            break
+        time.sleep(0.3)
+    assert page.call(component, "trash", [made]).json() == {}
+    assert runs_of(page.server) == {RUN_ID}
+    assert os.listdir(page.server.workspace / "trash") == [made]
