@@ -259,6 +259,9 @@ def build(
         max_file_size=_UPLOAD_LIMIT,
         **ui.launch_options(services),
     )
+    # Without this Gradio 6.31 takes any path of this machine that a request calls an upload, copies and serves it: the
+    # check looks at this mark, which only Blocks.launch sets.
+    page.has_launched = True
     return services, Guard(application, policy)
 
 

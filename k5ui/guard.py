@@ -39,7 +39,7 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 DATA_ROUTES = ("/api/", "/gradio_api/", "/config", "/monitoring")
-#: Gradio's routes that this app never uses: reading other sites, recordings, shared links, dashboards, code editing.
+#: Gradio's routes that this app never uses: other sites, recordings, shared links, calls by name, dashboards.
 CLOSED_ROUTES = (
     "/gradio_api/proxy=",
     "/gradio_api/file=http:",
@@ -52,6 +52,8 @@ CLOSED_ROUTES = (
     "/gradio_api/vibe-",
     "/gradio_api/undo-vibe-edit",
     "/gradio_api/mcp",
+    "/gradio_api/call/",
+    "/gradio_api/api/",
     "/gradio_api/startup-events",
     "/gradio_api/openapi.json",
     "/openapi.json",

@@ -14,7 +14,7 @@ from backend.config.checks import check_generate, is_hub_name
 from backend.config.generate import GenerateOptions
 from backend.config.images import image_size
 from backend.config.options import OptionSpec, from_mapping, specs
-from backend.config.prompts import plan_clips
+from backend.config.prompts import read_prompt_file
 from backend.config.tasks import TASKS
 from backend.errors import Problem, Problems, UserError
 from backend.files import atomic_path, safe_name, write_problem
@@ -76,18 +76,26 @@ class Intake:
         return options
 
     def check(self, options: GenerateOptions) -> list[Problem]:
-        """Every problem of `options`; in an exposed app also prompt files that name files outside the roots."""
-        problems = check_generate(options, self._draft_folder)
-        if self._roots.exposed and options.from_file is not None:
-            with suppress(Problems):  # its own problems are in the list already
-                for clip in plan_clips(options, self._draft_folder).clips:
-                    problems += self._clip_paths(clip.image) + self._clip_paths(clip.image_last)
-        return list(dict.fromkeys(problems))
+        """Every problem of `options`; in an exposed app a prompt file may name images inside the roots only."""
+        outside = self._outside_images(options.from_file) if self._roots.exposed and options.from_file else []
+        # Nothing more is said then: whether a file outside is there, and what it is, is nobody's business.
+        return outside or check_generate(options, self._draft_folder)
 
-    def _clip_paths(self, path: str | None) -> list[Problem]:
-        if path is None or self._roots.allows(path):
-            return []
-        return [Problem("from_file", f"{Path(path).name} lies outside the folders that this app may read.")]
+    def _outside_images(self, prompt_file: str) -> list[Problem]:
+        try:
+            entries, _ = read_prompt_file(prompt_file)
+        except UserError as error:
+            return list(error.problems)
+        problems = []
+        for place, overrides in entries:
+            for name in IMAGE_FIELDS:
+                path = overrides.get(name)
+                if isinstance(path, str):
+                    try:
+                        self._roots.absolute(path, "from_file")
+                    except UserError as error:
+                        problems.append(Problem("from_file", f"{place}: {error.message}"))
+        return problems
 
     def _paths(self, spec: OptionSpec, value: Any) -> tuple[Any, list[Problem]]:
         """The value with every path made absolute and checked; what is not text is left to the check of types."""

@@ -391,7 +391,7 @@ def load_toml(path: str | Path, field: str | None = None) -> dict[str, Any]:
 
 
 def to_toml(options: Options) -> str:
-    """All options that have a value, as TOML that `load_toml` and the reader of other trainers read back equal."""
+    """All options that have a value, as TOML that `load_toml` reads back equal (checked here before it is returned)."""
     document = tomlkit.document()
     for spec in specs(type(options)):
         value = getattr(options, spec.name)

@@ -117,7 +117,9 @@ class GenerateTab:
             if name == rules.LORAS:
                 edits.append(field.edit)  # type: ignore[attr-defined]
             else:
-                edits.append(field.change if name in rules.IMAGE_FIELDS else field.input)  # type: ignore[attr-defined]
+                # A text field reports keys as `input`, but neither pasting nor deleting: `change` has both.
+                late = name in rules.IMAGE_FIELDS or isinstance(field, gr.Textbox)
+                edits.append(field.change if late else field.input)  # type: ignore[attr-defined]
         gr.on(edits, self._edited, inputs, actions, trigger_mode="always_last", concurrency_limit=4, **_QUIET)
         task = form.fields["task"]
         task.input(self._task_chosen, inputs, everything, **_QUIET)  # type: ignore[attr-defined]

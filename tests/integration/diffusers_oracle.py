@@ -37,14 +37,7 @@ def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 def build_oracle(folder: Path, head_dim: int, seed: int) -> Oracle:
     """Random DiT (head size 64 or 128) and VAE with the demo's text encoders, saved in `folder`."""
-    from diffusers import (
-        AutoencoderKLHunyuanVideo,
-        FlowMatchEulerDiscreteScheduler,
-        Kandinsky5I2VPipeline,
-        Kandinsky5T2VPipeline,
-        Kandinsky5Transformer3DModel,
-    )
-    from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, Qwen2_5_VLForConditionalGeneration
+    from diffusers import AutoencoderKLHunyuanVideo, Kandinsky5Transformer3DModel
 
     transformer = randomise(
         Kandinsky5Transformer3DModel(
@@ -72,6 +65,14 @@ def build_oracle(folder: Path, head_dim: int, seed: int) -> Oracle:
     )
     transformer.save_pretrained(folder / "transformer")
     vae.save_pretrained(folder / "vae")
+    return Oracle(*_pipelines(transformer, vae), folder / "transformer", folder / "vae")
+
+
+def _pipelines(transformer: torch.nn.Module, vae: torch.nn.Module) -> list[Any]:
+    """Both pipelines with the official text template, the SD rotary scale, and without the I2V normalisation."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Kandinsky5I2VPipeline, Kandinsky5T2VPipeline
+    from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, Qwen2_5_VLForConditionalGeneration
+
     parts = {
         "transformer": transformer,
         "vae": vae,
@@ -95,11 +96,11 @@ def build_oracle(folder: Path, head_dim: int, seed: int) -> Oracle:
         pipelines.append(pipeline)
     # Its own normalisation takes statistics over four frames at once and gives NaN for short clips.
     pipelines[1].normalize_first_frame = lambda latents: latents
-    return Oracle(*pipelines, folder / "transformer", folder / "vae")
+    return pipelines
 
 
 def official_sigmas(pipeline: Any, steps: int, scheduler_scale: float) -> None:
-    """Make the pipeline's scheduler use the official grid: its own ends elsewhere (0.091 instead of 0.170 at N = 50)."""
+    """Make the pipeline's scheduler use the official grid; its own ends at 0.091 instead of 0.170 (N = 50)."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=scheduler_scale)

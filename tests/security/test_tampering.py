@@ -15,7 +15,6 @@ from tests.security.conftest import RUN_ID
 from tests.security.server import Server
 
 HOSTILE_TEXT = ("../../../etc/passwd", "{workspace}/.secret", "$(touch /tmp/k5-owned)", "';--", "\0", "x" * 100_000)
-FILE = {"path": "/etc/passwd", "orig_name": "x.png", "meta": {"_type": "gradio.FileData"}}
 HOSTILE_VALUES: tuple[Any, ...] = (None, -1, 1e308, True, [], {}, [["../.."]], {"path": "../.."}, *HOSTILE_TEXT)
 VERBS = {"set_preference", "stop", "dequeue", "kill", "trash"}
 
@@ -42,8 +41,9 @@ class Page:
         return self.server.event(event["id"], data, event_data)
 
     def parts(self) -> list[tuple[int, str]]:
-        """(component, function) of everything that the page's scripts may call directly."""
-        return [(n, fn) for n, c in self.components.items() for fn in c["props"].get("server_fns") or []]
+        """(component, function) of everything that the page's scripts may call directly, each function once."""
+        found = {fn: n for n, c in self.components.items() for fn in c["props"].get("server_fns") or []}
+        return [(component, function) for function, component in found.items()]
 
     def call(self, component: int, function: str, data: Any) -> Any:
         session = uuid.uuid4().hex
@@ -140,23 +140,35 @@ def test_clips_and_runs_by_hostile_names(page: Page, name: str, value: Any) -> N
 # --- values of the form -------------------------------------------------------------------------------------------
 
 
-def test_files_of_this_machine_are_no_uploads(page: Page) -> None:
-    """Gradio gives a handler only files that were uploaded, whatever path a request names."""
-    message = page.run("generate", {"k5-f-task": "k5-demo-i2v", "k5-f-image": FILE}, {"count": 1})
-    assert message["success"] is False
-    assert "root:" not in json.dumps(message)
+@pytest.mark.parametrize("path", ["/etc/passwd", "{workspace}/.secret", "{workspace}/runs/{run}/outputs/clip.png"])
+def test_files_of_this_machine_are_no_uploads(page: Page, path: str) -> None:
+    """Gradio gives a handler only files that were uploaded, whatever path a request names.
+
+    A mounted Blocks skips that check unless it is marked as launched: any file could be copied and fetched.
+    """
+    uploads = page.server.workspace / "cache" / "uploads"
+    before = set(uploads.rglob("*"))
+    path = path.format(workspace=page.server.workspace, run=RUN_ID)
+    file = {"path": path, "orig_name": "x.png", "meta": {"_type": "gradio.FileData"}}
+    for element in ("k5-f-image", "k5-f-prompt", "k5-loras", "k5-actions"):
+        message = page.run("generate", {"k5-f-task": "k5-demo-i2v", element: file}, {"count": 1})
+        assert message["success"] is False, element
+        assert "root:" not in json.dumps(message)
+    assert set(uploads.rglob("*")) == before
+    assert page.server.fetch(f"/gradio_api/file={path}").status == 403
     assert runs_of(page.server) == {RUN_ID}
 
 
 def test_every_event_survives_hostile_values(page: Page) -> None:
     """Any value in any place: an answer or an error, no file, no run, no secret, and the app lives."""
     secret = (page.server.workspace / ".secret").read_bytes().hex()
-    for event in page.config["dependencies"]:
-        for value in HOSTILE_VALUES:
-            if isinstance(value, str):
-                value = value.replace("{workspace}", str(page.server.workspace))
-            message = page.server.event(event["id"], [value] * len(event["inputs"]), {"count": value, "path": value})
-            text = json.dumps(message)
+    values = [v.replace("{workspace}", str(page.server.workspace)) if isinstance(v, str) else v for v in HOSTILE_VALUES]
+    handlers = {event["api_name"].rstrip("_0123456789"): event for event in page.config["dependencies"]}
+    for event in handlers.values():
+        for shift in range(0, len(values), 4):
+            turned = values[shift:] + values[:shift]
+            data = [turned[index % len(turned)] for index in range(len(event["inputs"]))]
+            text = json.dumps(page.server.event(event["id"], data, {"count": turned[0], "path": turned[1]}))
             assert "root:" not in text
             assert secret not in text
     assert not Path("/tmp/k5-owned").exists()
@@ -177,7 +189,7 @@ def test_every_event_survives_hostile_values(page: Page) -> None:
     ],
 )
 def test_a_refused_form_makes_no_run(page: Page, changes: dict[str, Any], count: int) -> None:
-    page.run("generate", {"k5-f-prompt": "a red circle", **changes}, {"count": count})
+    page.run("generate", {"k5-f-task": "k5-demo-t2v", "k5-f-prompt": "a red circle", **changes}, {"count": count})
     assert runs_of(page.server) == {RUN_ID}
 
 
@@ -210,7 +222,9 @@ def test_paths_outside_the_roots(member_page: Page, changes: dict[str, Any]) -> 
     if "k5-f-from_file" in changes:
         filled["k5-f-task"] = "k5-demo-i2v"
     before = runs_of(server)
-    message = json.dumps(member_page.run("generate", {"k5-f-prompt": "a red circle", **filled}, {"count": 1}))
+    message = json.dumps(
+        member_page.run("generate", {"k5-f-task": "k5-demo-t2v", "k5-f-prompt": "a red circle", **filled}, {"count": 1})
+    )
     assert runs_of(server) == before
     assert "outside the folders" in message
     assert "root:" not in message
@@ -229,7 +243,9 @@ def test_settings_outside_the_roots(member_page: Page) -> None:
 
 def test_a_whole_form_makes_a_run_and_nothing_else(page: Page) -> None:
     """The counterpart of all refusals, last because it starts an engine: the same call with honest values works."""
-    message = page.run("generate", {"k5-f-prompt": "a red circle", "k5-f-steps": 1}, {"count": 1})
+    message = page.run(
+        "generate", {"k5-f-task": "k5-demo-t2v", "k5-f-prompt": "a red circle", "k5-f-steps": 1}, {"count": 1}
+    )
     assert message["success"], message
     (made,) = runs_of(page.server) - {RUN_ID}
     run = page.server.fetch(f"/api/runs/{made}").json()
