@@ -6,8 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from backend.config.checks import check_generate
 from backend.config.generate import GenerateOptions
 from backend.entry import run_entry
+from backend.errors import Problems
 from backend.sampling.progress import Reporter
 
 ENTRY = "kandinsky5_generate_video"
@@ -19,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _generate(options: GenerateOptions, reporter: Reporter, run_dir: Path | None) -> list[str]:
-    # Imported here, so that --help and wrong flags answer without waiting for torch.
+    if problems := check_generate(options, run_dir):
+        raise Problems(problems)
+    # Imported here, so that --help and mistakes are answered without waiting for torch.
     from backend.sampling.generate import generate
 
     return generate(options, reporter, run_dir)

@@ -29,7 +29,8 @@ def image_size(path: str | Path, field: str | None = None) -> tuple[int, int]:
     try:
         with open_image(path) as image:
             width, height = image.size
-            orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+            # A PNG may be decoded to find its EXIF data, so not before its size is known to be bearable.
+            orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if width * height <= MAX_PIXELS else 1
     except Image.DecompressionBombError:
         raise UserError(f"{path.name} has far more than 100 million pixels. Scale it down.", field) from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError):

@@ -8,6 +8,7 @@ the published crop numbers hold. The encoders are random but chosen so that a ca
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -61,7 +62,8 @@ def _sample_captions() -> list[str]:
     return captions[:: len(captions) // 800]
 
 
-def _merges_of(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _merges_of(tokenizer: Tokenizer) -> tuple[dict[str, int], Any]:
+    """Vocabulary and the list of merged pairs (the tokenizer classes' annotations deny the list that they take)."""
     model = json.loads(tokenizer.to_str())["model"]
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     return model["vocab"], [(left, right) for left, right in pairs]
@@ -143,7 +145,7 @@ def build_clip_tokenizer() -> CLIPTokenizer:
 
 def build_qwen_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     """A 2-layer, 128-wide Qwen2.5-VL with large embeddings: its last hidden state keeps each word apart."""
-    token = {name: tokenizer.convert_tokens_to_ids(name) for name in _SPECIALS}
+    token: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(name) for name in _SPECIALS}
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": (len(tokenizer) + 15) // 16 * 16,
@@ -181,7 +183,7 @@ def build_qwen_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGen
     return model
 
 
-def build_clip_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def build_clip_encoder(tokenizer: Any) -> CLIPTextModel:
     """A 2-layer, 64-wide CLIP text model whose pooled vector is a smooth bag of words.
 
     Near-uniform attention (tiny queries and keys), strong values and outputs, a tiny feed-forward part: with ordinary

@@ -224,7 +224,7 @@ def train_decoder(vae: VaeModel, stage: VaeStage, folder: Path) -> None:
     def disturbed_loss(clips: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             latents = vae.encode(clips).latent_dist.mean
-        level = 0.06 / vae.config.scaling_factor * torch.rand(len(clips), 1, 1, 1, 1)
+        level = 0.15 / vae.config.scaling_factor * torch.rand(len(clips), 1, 1, 1, 1)
         return picture_loss(vae.decode(latents + level * torch.randn_like(latents)).sample, clips)
 
     def loss_of() -> torch.Tensor:

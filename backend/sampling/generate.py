@@ -72,14 +72,19 @@ def _phase(reporter: Reporter, name: str, message: str) -> Iterator[None]:
 
 @dataclass
 class _Clip:
-    """A clip on its way: its request, its seeded noise source, given frames, embeddings, and at last its latents."""
+    """A clip on its way: its request, its given frames, and at last its latents."""
 
     number: int
     request: ClipRequest
-    noise: torch.Tensor
     given: GivenFrames | None = None
     latents: torch.Tensor | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+
+    def draw_noise(self) -> tuple[torch.Tensor, torch.Generator]:
+        """The noise of its seed and the generator behind it; drawn when needed, as that of many clips is gigabytes."""
+        generator = seeded_generator(self.request.seed)
+        size = latent_frames(self.request.frames), self.request.height // 8, self.request.width // 8
+        return draw_noise(generator, *size), generator
 
 
 class _Run:
@@ -222,13 +227,12 @@ class _Generation(_Run):
                 )
 
     def _prepare_clips(self) -> list[_Clip]:
-        """Noise for each clip, then (image to video) its given frames; one generator a clip, noise drawn first."""
+        """The given frames of each clip (image to video); one generator a clip, noise drawn first."""
         clips = []
         for number, request in enumerate(self.plan.clips, start=1):
-            generator = seeded_generator(request.seed)
-            size = latent_frames(request.frames), request.height // 8, request.width // 8
-            clip = _Clip(number, request, draw_noise(generator, *size))
+            clip = _Clip(number, request)
             if request.image is not None:
+                _, generator = clip.draw_noise()
                 with (
                     _phase(self.reporter, "vae", "Encoding the image"),
                     self.vae_on_device(request.width, request.height, 1) as vae,
@@ -284,7 +288,7 @@ class _Generation(_Run):
         )
         latents = denoise(
             transformer,
-            clip.noise.to(self.device),
+            clip.draw_noise()[0].to(self.device),
             self._condition(embeds[request.prompt]),
             self._condition(embeds[request.negative_prompt]) if request.negative_prompt in embeds else None,
             sigma_grid(request.steps, request.scheduler_scale).to(self.device),

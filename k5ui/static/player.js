@@ -19,7 +19,7 @@
     let canvas = null;
     let small = null;
     if (clip.width && clip.width <= TINY && clip.height <= TINY) {
-      const factor = Math.max(2, Math.floor(768 / Math.max(clip.width, clip.height)));
+      const factor = Math.max(2, Math.floor(384 / Math.max(clip.width, clip.height)));
       canvas = el("canvas", { width: clip.width * factor, height: clip.height * factor, "aria-hidden": "true", onclick: () => toggle() });
       small = el("canvas", { width: clip.width, height: clip.height });
       screen.append(canvas);
@@ -41,15 +41,36 @@
       if (document.activeElement !== range || !video.paused) range.value = String(frame);
       set(counter, t("js.frame_of", { n: frame + 1, total: frames }));
     };
-    const step = () => {
-      if (!screen.isConnected) return;
-      draw();
-      if (!video.paused) requestAnimationFrame(step);
+    // Drawn once for each frame of the clip, not of the screen.
+    let waiting = false;
+    const next = () => {
+      if (waiting || video.paused || !screen.isConnected) return;
+      waiting = true;
+      const drawn = () => {
+        waiting = false;
+        draw();
+        next();
+      };
+      if (video.requestVideoFrameCallback) video.requestVideoFrameCallback(drawn);
+      else setTimeout(drawn, 1000 / fps);
     };
     const state = () => {
       button.replaceChildren(K5.icon(video.paused ? "play" : "pause"));
-      requestAnimationFrame(step);
+      draw();
+      next();
     };
+    // Off the screen it rests.
+    let resting = false;
+    new IntersectionObserver((entries) => {
+      const seen = entries[entries.length - 1].isIntersecting;
+      if (!seen && !video.paused) {
+        resting = true;
+        video.pause();
+      } else if (seen && resting) {
+        resting = false;
+        video.play().catch(() => {});
+      }
+    }).observe(screen);
     for (const name of ["play", "pause", "seeked", "loadeddata"]) video.addEventListener(name, state);
     range.addEventListener("input", () => {
       video.pause();

@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from backend.config.images import image_size, size_for_image
 from backend.errors import UserError
@@ -97,3 +97,10 @@ def test_known_sizes_of_the_sd_task(image: tuple[int, int], expected: tuple[int,
 
 def test_sides_of_nabla_are_multiples_of_128() -> None:
     assert size_for_image(1920, 1080, 1024 * 1024, 128) == (1408, 768)
+
+
+def test_too_many_pixels_are_not_decoded_to_be_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("1", (10_001, 10_000)).save(tmp_path / "big.png")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("the image was decoded"))
+    with pytest.raises(UserError, match="100 million"):
+        image_size(tmp_path / "big.png")

@@ -47,7 +47,7 @@ def _smooth(frames: int, height: int, width: int, seed: int = 0) -> list[numpy.n
     rng = numpy.random.default_rng(seed)
     rows, columns = numpy.mgrid[0:height, 0:width]
     clip = []
-    waves = rng.uniform(-0.06, 0.06, (3, 4, 3)), rng.uniform(0, 6, (3, 4))
+    waves = rng.uniform(-0.025, 0.025, (3, 4, 3)), rng.uniform(0, 6, (3, 4))
     for time in range(frames):
         channels = []
         for channel in range(3):
