@@ -84,7 +84,7 @@ def serve(options: argparse.Namespace) -> None:
         token = secrets.token_urlsafe(32) if exposed else None
         policy = make_policy(options.host, options.allow_host, token, port, root_path)
         address = f"http://{_shown_host(host)}:{port}{root_path}/" + (f"?token={token}" if token else "")
-        services, application = build(workspace, options.root, exposed, root_path, policy)
+        services, application = build(workspace, options.root, exposed, policy)
         services.start()
         try:
             run_server(application, listener, f"K5 Studio is ready: {address}")
@@ -228,13 +228,11 @@ def _shown_host(host: str) -> str:
 # --- the server ---------------------------------------------------------------------------------------------------
 
 
-def build(
-    workspace: Path, roots: Sequence[str], exposed: bool, root_path: str, policy: Policy
-) -> tuple[Services, Guard]:
+def build(workspace: Path, roots: Sequence[str], exposed: bool, policy: Policy) -> tuple[Services, Guard]:
     """The services of a workspace, and the guarded application: own routes first, Gradio's page for everything else."""
     from k5ui.services import Services
 
-    services = Services(workspace, roots, exposed, root_path)
+    services = Services(workspace, roots, exposed)
     gradio = _import_gradio()
     from fastapi import FastAPI
 
@@ -248,7 +246,7 @@ def build(
         application,
         page,
         path="/",
-        root_path=root_path or None,
+        root_path=policy.root_path or None,
         footer_links=[],
         run_history=False,
         enable_monitoring=False,

@@ -57,7 +57,7 @@ def run_entry(
         journal.close()
 
 
-def _open_journal(run_dir: Path | None) -> EventSink:
+def _open_journal(run_dir: Path | None) -> Journal | NullJournal:
     if run_dir is None:
         return NullJournal()
     run_dir.mkdir(parents=True, exist_ok=True)

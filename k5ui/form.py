@@ -102,11 +102,13 @@ def make_field(spec: OptionSpec, texts: Texts, **changes: Any) -> Component:
     if spec.kind == "bool":
         return gr.Checkbox(**common | changes)
     if spec.kind == "choice":
-        return gr.Dropdown(**common | {"choices": choices_of(spec, texts), "filterable": False} | changes)
+        common |= {"choices": choices_of(spec, texts), "filterable": False}
+        return gr.Dropdown(**common | changes)
     if spec.kind in ("int", "float") and not spec.is_list:
-        whole = {"precision": 0, "step": 1} if spec.kind == "int" else {"step": 0.1}
-        return gr.Number(**common | whole | changes)
-    return gr.Textbox(**{"max_lines": 1} | common | changes)
+        common |= {"precision": 0, "step": 1} if spec.kind == "int" else {"step": 0.1}
+        return gr.Number(**common | changes)
+    common |= {"max_lines": 1}
+    return gr.Textbox(**common | changes)
 
 
 def choices_of(spec: OptionSpec, texts: Texts) -> list[tuple[str, str]]:

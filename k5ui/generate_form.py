@@ -104,6 +104,8 @@ def form_values(services: Services, settings: Mapping[str, Any]) -> dict[str, An
     options = settings.get("options", {})
     values = {name: options.get(name, value) for name, value in first_values().items() if name != "prompt"}
     values["prompt"] = options.get("prompt")
+    if values["negative_prompt"] == DEFAULT_NEGATIVE_PROMPT:
+        values["negative_prompt"] = None
     task = task_of(values)
     values["task"] = task.name
     for name, value in task_values(task).items():

@@ -163,6 +163,9 @@ class Guard:
         if refusal is not None:
             await _refuse(scope, receive, send, refusal)
             return
+        if self.policy.root_path:  # a proxy may hand the root path on or cut it off; the application knows it cut off
+            path = _path(scope, self.policy)
+            scope = {**scope, "path": path, "raw_path": quote(path).encode()}
         await self.app(scope, receive, _with_headers(send))
 
     def _token_in_query(self, scope: Scope) -> bool:

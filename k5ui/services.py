@@ -44,19 +44,16 @@ _LOG = logging.getLogger(__name__)
 class Services:
     """One workspace and what can be done in it.
 
-    `roots` are folders that requests may read besides the workspace when `exposed`; `root_path` is the path of a proxy.
+    `roots` are folders that requests may read besides the workspace when `exposed`.
     Methods may be called from any thread and end within a second.
 
     Raises:
         UserError: the workspace or its settings cannot be used.
     """
 
-    def __init__(
-        self, workspace: str | Path, roots: Iterable[str | Path] = (), exposed: bool = False, root_path: str = ""
-    ) -> None:
+    def __init__(self, workspace: str | Path, roots: Iterable[str | Path] = (), exposed: bool = False) -> None:
         self.workspace = Path(workspace).absolute()
         self.exposed = exposed
-        self.root_path = root_path
         self.upload_folder = upload_folder(self.workspace)
         self.roots = Roots([self.workspace, DEMO_WEIGHTS, *roots], exposed)
         self.store = RunStore(self.workspace)
@@ -65,7 +62,7 @@ class Services:
         self.drafts = Drafts(self.workspace / "drafts")
         self.media = MediaIds(self.store.runs_folder, self.workspace / ".secret")
         self.device = DeviceMonitor()
-        self.pages = RunPages(self.media, root_path)
+        self.pages = RunPages(self.media)
         cache = self.workspace / "cache" / "text"
         draft_run = self.store.runs_folder / "new"
         self._intake = Intake(self.settings, self.roots, self.upload_folder, cache, draft_run)

@@ -29,7 +29,7 @@ def build(services: Services) -> gr.Blocks:
             refresh_page(page, services)
 
         part("header", verbs=[_preferences(services, retranslate)])
-        with gr.Tabs(selected="generate", elem_id="k5-tabs") as tabs:
+        with gr.Tabs(selected="generate", elem_id="k5-tabs"):
             with words.say(gr.Tab(id="generate", elem_id="k5-tab-generate"), label="tab.generate"):
                 generate = GenerateTab(services, words)
             with words.say(gr.Tab(id="runs", elem_id="k5-tab-runs"), label="tab.runs"):
@@ -40,9 +40,9 @@ def build(services: Services) -> gr.Blocks:
         settings.connect()
 
         def clone(event: gr.EventData) -> dict[Any, Any]:
-            return generate.clone(event_values(event).get("run")) | {tabs: gr.Tabs(selected="generate")}
+            return generate.clone(event_values(event).get("run"))
 
-        runs.runs.clone(clone, None, [*generate.outputs(), tabs], **_QUIET)
+        runs.runs.clone(clone, None, generate.outputs(), **_QUIET)
         page.load(generate.load, None, generate.outputs(), **_QUIET)
         settings_tab.select(settings.load, None, settings.outputs(), **_QUIET)
     return page

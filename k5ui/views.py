@@ -40,11 +40,10 @@ class _Asked:
 
 
 class RunPages:
-    """Makes dictionaries of runs. `root_path` stands before every address (the path of a proxy, or empty)."""
+    """Makes dictionaries of runs. Addresses begin with /api; the page puts them below its own, as behind a proxy."""
 
-    def __init__(self, media: MediaIds, root_path: str = "") -> None:
+    def __init__(self, media: MediaIds) -> None:
         self._media = media
-        self._root_path = root_path
         self._guard = threading.Lock()
         self._asked: OrderedDict[str, _Asked] = OrderedDict()
 
@@ -97,7 +96,7 @@ class RunPages:
             return None
         media, changed = offered
         # The time of change is in the address: a browser may keep the file, and a rewritten file is a new address.
-        address = f"{self._root_path}/api/media/{media}?v={changed:x}"
+        address = f"/api/media/{media}?v={changed:x}"
         return {"media": media, "url": address, "name": str(path).rpartition("/")[2]} | {
             name: sample.get(name) for name in _OUTPUT_FIELDS
         }

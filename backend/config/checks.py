@@ -52,8 +52,8 @@ def check_generate(options: GenerateOptions, run_dir: str | Path | None = None) 
     problems += _check_loras(options)
     if options.latent_path is not None:
         problems += _check_latent_file(options.latent_path)
-    if options.text_cache_dir is not None and os.path.isfile(options.text_cache_dir):
-        problems.append(Problem("text_cache_dir", f"{options.text_cache_dir} is a file. Give a folder."))
+    if options.text_cache_dir is not None:
+        problems += _check_folder(options.text_cache_dir, "text_cache_dir")
     return list(dict.fromkeys(problems))
 
 
@@ -163,6 +163,14 @@ def _check_outputs(plan: Plan) -> list[Problem]:
         except UserError as error:
             problems += error.problems
     return problems
+
+
+def _check_folder(folder: str, field: str) -> list[Problem]:
+    try:
+        check_writable(Path(folder) / "file", field)
+    except UserError as error:
+        return list(error.problems)
+    return []
 
 
 def _bytes_needed(clip: ClipRequest) -> int:

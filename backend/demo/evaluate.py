@@ -80,8 +80,8 @@ class DemoModel:
 
     def embed(self, prompts: Sequence[str]) -> list[PromptEmbeds]:
         """Text embeddings with the video template, as generation makes them."""
-        folders = {"qwen": self.weights / "text_encoder", "clip": self.weights / "text_encoder_2"}
-        return embed_prompts(prompts, **folders, device=_CPU, dtype=torch.float32)
+        qwen, clip = self.weights / "text_encoder", self.weights / "text_encoder_2"
+        return embed_prompts(prompts, qwen=qwen, clip=clip, device=_CPU, dtype=torch.float32)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompted], from_image: bool) -> list[torch.Tensor]:
@@ -117,9 +117,14 @@ class DemoModel:
         return self.vae.decode(latents.permute(0, 4, 1, 2, 3)).clamp(-1, 1)
 
     def _velocity(
-        self, hidden_states: torch.Tensor, text: torch.Tensor, pooled: torch.Tensor, timesteps: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        text_embeds: torch.Tensor,
+        pooled_embeds: torch.Tensor,
+        timesteps: torch.Tensor,
     ) -> torch.Tensor:
-        return self.transformer(hidden_states, text, pooled, timesteps, scale_factor=self.sampling.scale_factor)
+        scale_factor = self.sampling.scale_factor
+        return self.transformer(hidden_states, text_embeds, pooled_embeds, timesteps, scale_factor=scale_factor)
 
     @torch.no_grad()
     def reconstruct(self, prompts: Sequence[Prompted]) -> list[torch.Tensor]:

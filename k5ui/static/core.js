@@ -63,7 +63,7 @@
   K5.button = (label, action, { icon, kind = "", title } = {}) =>
     K5.el(
       "button.k5-button" + (kind ? "." + kind.split(" ").join(".") : ""),
-      { type: "button", onclick: action, title: title || (label ? null : title), "aria-label": label || title },
+      { type: "button", onclick: action, title: title || (label ? null : title), "aria-label": label && label.length > 1 ? label : title || label },
       icon ? K5.icon(icon) : null,
       label ? K5.el("span", {}, label) : null,
     );
@@ -196,6 +196,20 @@
     } catch (error) {
       K5.notice(K5.t("js.copy_failed"), "bad");
     }
+  };
+
+  // A place that takes files; what is dropped elsewhere is the browser's own business.
+  K5.acceptDrop = (node, take) => {
+    node.addEventListener("dragover", (event) => {
+      event.preventDefault();
+      node.classList.add("k5-over");
+    });
+    node.addEventListener("dragleave", () => node.classList.remove("k5-over"));
+    node.addEventListener("drop", (event) => {
+      event.preventDefault();
+      node.classList.remove("k5-over");
+      if (event.dataTransfer.files.length) take(event.dataTransfer.files[0]);
+    });
   };
 
   // --- tabs, theme, keys -----------------------------------------------------------------------------------------

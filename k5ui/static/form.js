@@ -2,7 +2,12 @@
 (() => {
   "use strict";
   const { el, set, t } = K5;
-  const field = (name) => document.getElementById("k5-f-" + name);
+  const field = (name) => document.getElementById(name.startsWith("lora_") ? "k5-loras" : "k5-f-" + name);
+  // A closed accordion holds no fields yet; this one will.
+  const holder = (name) => {
+    if (name === "negative_prompt") return "k5-negative";
+    return name.startsWith("image") && name !== "image_format" ? "k5-images" : "k5-advanced";
+  };
   const slot = (name) => document.getElementById("k5-slot-" + name);
   const fill = (name, ...children) => {
     const place = slot(name);
@@ -26,9 +31,14 @@
       if (head && !head.classList.contains("open")) head.click();
     }
   };
-  const focusField = (name) => {
+  const focusField = (name, again = 20) => {
     const node = field(name);
-    if (!node) return;
+    if (!node) {
+      const head = document.querySelector("#" + holder(name) + " > button.label-wrap");
+      if (head && !head.classList.contains("open")) head.click();
+      if (again) setTimeout(() => focusField(name, again - 1), 50);
+      return;
+    }
     reveal(node);
     setTimeout(() => {
       node.scrollIntoView({ block: "center", behavior: "smooth" });
@@ -57,7 +67,7 @@
         line.dataset.field = name;
         owner.append(line);
       }
-      set(line, messages.map((message) => message.charAt(0).toUpperCase() + message.slice(1)).join(" "));
+      set(line, messages.map((message) => message.replace(/^[a-z]+ /, (word) => word.charAt(0).toUpperCase() + word.slice(1))).join(" "));
     }
   };
 
@@ -109,16 +119,8 @@
     };
     const drop = el("div.k5-drop.k5-tools", {},
       K5.button(t("js.from_file"), () => pick.click(), { icon: "file", kind: "plain" }), pick, tools);
-    drop.addEventListener("dragover", (event) => {
-      event.preventDefault();
-      drop.classList.add("over");
-    });
-    drop.addEventListener("dragleave", () => drop.classList.remove("over"));
-    drop.addEventListener("drop", (event) => {
-      event.preventDefault();
-      drop.classList.remove("over");
-      fromFile(event.dataTransfer.files[0]);
-    });
+    K5.acceptDrop(drop, fromFile);
+    K5.on("settings-file", fromFile);
     const useFrame = async (blob) => {
       try {
         const { path } = await upload(new File([blob], "last-frame.png", { type: "image/png" }));
@@ -132,10 +134,7 @@
 
     const drawSlots = () => {
       fill("drop", drop);
-      for (const [name, text] of Object.entries(state.help || {})) {
-        const node = field(name);
-        if (node && !node.title) node.title = text;
-      }
+      showHelp();
       fill("weights", el("div.k5-weights" + (state.weights.ok ? ".ok" : ".missing"), {}, el("i.k5-dot"), el("span", {}, state.weights.line),
         state.weights.ok ? null : el("button.k5-link", { type: "button", onclick: () => K5.openTab("settings") }, t("js.to_settings"))));
       fill("examples", ...(state.examples || []).map((example) => chip(example.label, false, () => type("prompt", example.prompt), example.prompt)));
@@ -154,12 +153,27 @@
     const drawProblems = () => {
       const problems = state.problems || [];
       problemList.replaceChildren(...problems.map((problem) => el("li", {},
-        problem.field && field(problem.field)
+        problem.field
           ? el("button.k5-link", { type: "button", onclick: () => focusField(problem.field) }, problem.label || problem.field) : null,
         el("span", {}, " " + problem.message))));
       showProblems(problems);
       set(startText, problems.length ? t("js.generate_problems", { n: problems.length, word: t(plural(problems.length)) }) : t("js.generate"));
       K5.toggle(start, "blocked", problems.length);
+    };
+    // Fields come into the page when their accordion opens; what is wrong with them is said then.
+    let later = 0;
+    new MutationObserver(() => {
+      clearTimeout(later);
+      later = setTimeout(() => {
+        showProblems(state.problems || []);
+        showHelp();
+      }, 60);
+    }).observe(root.closest(".k5-form") || root, { subtree: true, childList: true });
+    const showHelp = () => {
+      for (const [name, text] of Object.entries(state.help || {})) {
+        const node = field(name);
+        if (node && !node.title) node.title = text;
+      }
     };
     const plural = (n) => {
       const rule = new Intl.PluralRules(K5.language).select(n);

@@ -42,7 +42,7 @@
     );
 
     const show = (status) => {
-      set(offline, status ? "" : t("js.offline"));
+      set(offline, status ? status.queue_problem || "" : t("js.offline"));
       if (!status) return;
       const run = status.running;
       shownRun = run ? run.id : null;

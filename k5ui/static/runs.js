@@ -133,7 +133,7 @@
       const mark = JSON.stringify([run.state, run.outputs, run.problems, run.warnings, run.message]);
       if (mark === drawn) return;
       drawn = mark;
-      head.replaceChildren(el("strong.k5-clip-text", {}, run.title || run.prompt || run.id), el("span.k5-grow"), chip(run.state),
+      head.replaceChildren(el("strong.k5-clip-text", {}, run.title || run.prompt || run.id), chip(run.state),
         K5.button("", () => actions.close(), { icon: "close", kind: "plain", title: t("js.close") }));
       if (state !== run.state) drawTools(run);
       state = run.state;
@@ -195,7 +195,10 @@
       kill: (id) => after(K5.ask(server, "kill", id)),
       dequeue: (id) => after(K5.ask(server, "dequeue", id)),
       trash: (id) => K5.ask(server, "trash", id).then(() => open(null)),
-      clone: (id) => trigger("clone", { run: id }),
+      clone: (id) => {
+        trigger("clone", { run: id });
+        K5.openTab("generate");
+      },
       close: () => open(null),
     };
     const table = makeTable(open);

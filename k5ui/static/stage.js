@@ -17,7 +17,8 @@
   const picture = (clip) => {
     const label = clip.prompt || clip.task || "";
     if (isVideo(clip)) {
-      const video = el("video", { src: K5.url(clip.url), playsInline: true, preload: "metadata", "aria-label": label });
+      // The fragment makes the browser show the first frame.
+      const video = el("video", { src: K5.url(clip.url) + "#t=0.001", playsInline: true, preload: "metadata", "aria-label": label });
       video.muted = true;
       video.loop = true;
       return video;
@@ -216,6 +217,7 @@
       strip.mark(clip);
     });
     const earlier = el("h3.k5-heading", {}, t("js.earlier"));
+    K5.acceptDrop(screen.box, (file) => K5.emit("settings-file", file));
     root.append(screen.box, live.box, queue.box, failure.box, earlier, strip.box);
     screen.empty();
     screen.hint(null);

@@ -15,6 +15,7 @@ from backend.errors import Problems, UserError
 from k5ui import generate_form as rules
 from k5ui.form import FIELD_ID, Form, image_field
 from k5ui.live import event_values, part, run_verbs, sentences, slot
+from k5ui.requests import check_image
 from k5ui.roots import Roots
 from k5ui.services import Services
 from k5ui.text.loader import Words
@@ -49,7 +50,7 @@ class GenerateTab:
                 self._advanced_fields()
                 events = ("generate", "set", "command", "reset", "fromfile", "frame", "use")
                 self.actions = part("actions", value={}, events=events)
-            with gr.Column(scale=6, min_width=320):
+            with gr.Column(scale=6, min_width=320, elem_classes="k5-side"):
                 part("stage", verbs=run_verbs(services))
 
     # --- layout ---------------------------------------------------------------------------------------------------
@@ -63,7 +64,7 @@ class GenerateTab:
         prompt = form.make("prompt", lines=3, max_lines=12, autofocus=True)
         words.say(prompt, placeholder="generate.prompt_placeholder")
         slot("examples")
-        with gr.Accordion("", open=False) as negative:
+        with gr.Accordion("", open=False, elem_id="k5-negative") as negative:
             form.make("negative_prompt", lines=2, max_lines=8, placeholder=rules.default_negative(), show_label=False)
         words.say(negative, label="generate.negative")
         with gr.Accordion("", open=False, elem_id="k5-images") as self.images, gr.Row(elem_classes="k5-field-row"):
@@ -84,7 +85,9 @@ class GenerateTab:
         form.add(rules.LORAS, part("loras", value=[], events=("edit",)))
 
     def _image_field(self, name: str) -> None:
-        field = image_field(sources=["upload", "clipboard"], height=180, elem_id=FIELD_ID + name, min_width=140)
+        field = image_field(
+            sources=["upload", "clipboard"], height=180, elem_classes="k5-image", elem_id=FIELD_ID + name, min_width=140
+        )
         self.words.say(field, label=f"field.{name}")
         self.form.add(name, field)
 
@@ -92,7 +95,7 @@ class GenerateTab:
         form = self.form
         rest = [spec for name, spec in rules.SPECS.items() if name not in _SHOWN_BY_HAND | rules.LEFT_OUT]
         rest = [spec for spec in rest if spec.name not in rules.LORA_FIELDS]
-        with gr.Accordion("", open=False, elem_classes="k5-advanced") as advanced:
+        with gr.Accordion("", open=False, elem_id="k5-advanced", elem_classes="k5-advanced") as advanced:
             part("search")
             for group in sorted({spec.group for spec in rest}, key=_GROUP_ORDER.index):
                 with gr.Column(elem_classes="k5-group"):
@@ -171,7 +174,7 @@ class GenerateTab:
             changes["prompt"] = suitable[0]
         if new.mode == "t2v":
             changes |= dict.fromkeys(rules.IMAGE_FIELDS)
-        return self._fill(values | changes, only=changes)
+        return self._fill(values | changes, only=changes | {"task": new.name})
 
     def _generate(self, data: Mapping[Component, Any], event: gr.EventData) -> dict[Component, Any]:
         values = self._read(data)
@@ -258,7 +261,7 @@ class GenerateTab:
     ) -> dict[Component, Any]:
         """Show values (all, or those of `only`), keep them as the draft, open what belongs to the task."""
         self._save(values)
-        updates = self.form.write(values if only is None else {name: values[name] for name in only})
+        updates: dict[Any, Any] = self.form.write(values if only is None else {name: values[name] for name in only})
         updates[self.actions] = self._state(values, **extra)
         if only is None or "task" in only or "image" in only:
             has_image = any(values.get(name) for name in rules.IMAGE_FIELDS)
@@ -295,9 +298,12 @@ class GenerateTab:
         return self._fill(values, note=note, note_kind="bad" if missing else "")
 
     def _kept(self, path: str) -> str | None:
-        """An image of a run as a file that the image field may show."""
+        """An image of a run as a file that the image field may show; a clip's settings may name any file, so it is
+        copied to where the page can fetch it only if it is an image."""
         try:
-            return save_file_to_cache(self.services.roots.absolute(path), cache_dir=str(self.services.upload_folder))
+            full = self.services.roots.absolute(path)
+            check_image(full)
+            return save_file_to_cache(full, cache_dir=str(self.services.upload_folder))
         except (OSError, UserError):
             return None
 

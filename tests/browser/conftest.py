@@ -112,9 +112,15 @@ class Studio:
         self.server = server
         self.errors: list[str] = []
         self.foreign: list[str] = []
-        page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
+        page.on("console", self._logged)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("request", self._seen)
+
+    def _logged(self, message: Any) -> None:
+        # Gradio's client logs that a reload has cut its open stream of events.
+        cut = "AbortError" in message.text or "errored out" in message.text
+        if message.type == "error" and not cut:
+            self.errors.append(message.text)
 
     def _seen(self, request: Any) -> None:
         address = urlsplit(request.url)

@@ -135,6 +135,7 @@ def test_few_widgets_are_mounted(studio: Studio) -> None:
 
 def test_progress_changes_no_gradio_component(studio: Studio) -> None:
     """Polling touches our own parts only."""
+    studio.page.wait_for_timeout(4000)  # the events of filling the form
     studio.page.evaluate(
         """() => {
           window.touched = [];

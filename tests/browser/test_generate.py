@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,8 +85,8 @@ def test_use_these_settings_restores_the_form(studio: Studio, first_run: dict[st
     studio.page.locator(".k5-tile").last.click()
     studio.page.get_by_role("button", name="Use these settings").click()
     studio.page.wait_for_function(f"document.querySelector('#k5-f-prompt textarea').value === {PROMPT!r}")
+    studio.page.wait_for_function(f"document.querySelector('#k5-f-seed input').value === '{first_run['seed']}'")
     assert studio.field("steps").input_value() == "20"
-    assert studio.field("seed").input_value() == str(first_run["seed"])
     studio.reload()
     assert studio.field("seed").input_value() == str(first_run["seed"])
 
@@ -118,6 +120,16 @@ def test_image_to_video_from_an_uploaded_image(studio: Studio, server: Server, t
     studio.page.wait_for_selector(f".k5-tile >> nth={len(server.get('clips')['clips']) - 1}")
     studio.page.get_by_role("button", name="Use these settings").click()
     studio.page.wait_for_selector("#k5-f-image img")
+
+
+def test_last_frame_becomes_the_start_image(studio: Studio, first_run: dict[str, Any]) -> None:
+    """The browser takes the frame out of the clip; the model becomes its image sibling, nothing else is lost."""
+    studio.page.wait_for_function("document.querySelector('.k5-screen video')?.readyState >= 2")
+    studio.page.get_by_role("button", name="Last frame as start").click()
+    studio.page.wait_for_selector("#k5-f-image img")
+    assert studio.field("task").input_value() == "Demo, image to video, 64 px"
+    assert studio.field("prompt").input_value() == PROMPT
+    studio.page.wait_for_selector(".k5-problems", state="hidden")
 
 
 def test_stop_ends_a_run_and_the_queue_can_be_emptied(studio: Studio, server: Server) -> None:
@@ -159,8 +171,29 @@ def test_typed_markup_stays_text(studio: Studio, server: Server) -> None:
     assert studio.page.locator(".k5-root img[src=x]").count() == 0
 
 
-def test_failure_is_said_in_words(studio: Studio, server: Server, first_run: dict[str, Any]) -> None:
-    """A run that ends without a result says so over the strip, with a way to its log."""
+def test_crash_is_said_in_words(studio: Studio, server: Server, first_run: dict[str, Any]) -> None:
+    """An engine that was killed: the page says so, offers its log and its settings, and keeps the other clips."""
+    run_id = studio.generate()
+
+    def engine() -> int | None:
+        records = server.get(f"runs/{run_id}/events?since=0")["records"]
+        return next((record["pid"] for record in records if record["type"] == "started"), None)
+
+    os.kill(server.wait(engine), signal.SIGKILL)
+    assert server.ended(run_id)["state"] == "crashed"
+    failure = studio.page.locator(".k5-failure")
+    failure.wait_for()
+    assert "crashed" in failure.inner_text()
+    assert studio.page.locator(".k5-tile").count() >= 1
+    studio.field("prompt").fill("something else")
+    failure.get_by_role("button", name="Use these settings").click()
+    studio.page.wait_for_function(f"document.querySelector('#k5-f-prompt textarea').value === {PROMPT!r}")
+    failure.get_by_role("button", name="Close").click()
+    failure.wait_for(state="detached")
+
+
+def test_kill_and_clone_from_the_runs_tab(studio: Studio, server: Server, first_run: dict[str, Any]) -> None:
+    """Kill asks once more and ends the process; the settings of any run can be taken back to the form."""
     run_id = studio.generate()
     server.wait(lambda: server.run(run_id)["state"] == "running")
     studio.tab("runs")

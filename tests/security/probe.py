@@ -47,7 +47,7 @@ def main(folder: str) -> None:
     workspace = app.prepare_workspace(folder)
     app.prepare_environment(workspace)
     policy = app.make_policy("127.0.0.1", [], None, 7860, "")
-    _, application = app.build(workspace, [], False, "", policy)
+    _, application = app.build(workspace, [], False, policy)
     assert isinstance(application, Guard), "what is served is the guard, and nothing stands before it"
     exposed = Guard(application.app, replace(policy, token="a token"))
     routes = flatten(application.app.routes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from tests.security.conftest import RUN_ID
 from tests.security.server import Server
@@ -174,6 +177,20 @@ def test_every_event_survives_hostile_values(page: Page) -> None:
     assert not Path("/tmp/k5-owned").exists()
     assert runs_of(page.server) == {RUN_ID}
     assert page.server.fetch("/api/status").status == 200
+
+
+def test_the_settings_in_a_clip_are_not_trusted(page: Page) -> None:
+    """A clip from the internet may name any file of this machine as its start image; only images are taken over."""
+    info, picture = PngInfo(), io.BytesIO()
+    options = {"task": "k5-demo-i2v", "prompt": "x", "image": f"{page.server.workspace}/.secret"}
+    info.add_text("k5_settings", json.dumps({"version": 1, "options": options}))
+    Image.new("RGB", (8, 8)).save(picture, "PNG", pnginfo=info)
+    (stored,) = page.server.upload("clip.png", picture.getvalue()).json()
+    message = page.run("fromfile", {}, {"path": stored})
+    assert message["success"], message
+    secret = (page.server.workspace / ".secret").read_bytes()
+    uploads = page.server.workspace / "cache" / "uploads"
+    assert not [path for path in uploads.rglob("*") if path.is_file() and path.read_bytes() == secret]
 
 
 @pytest.mark.parametrize(

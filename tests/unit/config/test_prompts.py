@@ -393,3 +393,62 @@ def test_plans_are_deterministic_but_for_drawn_seeds(tmp_path: Path) -> None:
     assert [replace(c, seed=0, output=Path(), options=d.options) for c, d in zip(drawn, first, strict=True)] == [
         replace(c, seed=0, output=Path()) for c in first
     ]
+
+
+_WORDS = [
+    "--w",
+    "--h",
+    "--f",
+    "--d",
+    "--s",
+    "--g",
+    "--l",
+    "--fs",
+    "--n",
+    "--i",
+    "--ei",
+    "--cn",
+    "--x",
+    "--",
+    "-",
+    "#",
+    "64",
+] + [
+    "17",
+    "-1",
+    "nan",
+    "1e999",
+    "9" * 5000,
+    "a cat",
+    "\t",
+    "  ",
+    "\r",
+    "\u2028",
+    "\x00",
+    "🎬",
+    "'",
+    '"',
+    "\\",
+    "{}",
+    "=",
+]
+
+
+def test_1000_random_files_are_plans_or_problems(tmp_path: Path) -> None:
+    """Whatever a prompt file holds, the answer is clips or sentences about its lines."""
+    rng, planned = random.Random(9), 0
+    for _ in range(1000):
+        lines = [" ".join(rng.choices(_WORDS, k=rng.randint(0, 6))) for _ in range(rng.randint(1, 4))]
+        file = _file(tmp_path, "\n".join(lines))
+        try:
+            plan = plan_clips(_options(prompt=None, from_file=file, output=str(tmp_path / "out")))
+        except Problems as error:
+            assert {problem.field for problem in error.problems} == {"from_file"}
+            continue
+        planned += 1
+        assert len({clip.output for clip in plan.clips}) == len(plan.clips)
+        for clip in plan.clips:
+            assert clip.frames % 4 == 1
+            assert clip.width % 16 == clip.height % 16 == 0
+            assert clip.prompt.strip()
+    assert planned > 30

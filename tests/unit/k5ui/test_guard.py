@@ -19,6 +19,7 @@ class Answer:
 
     def __init__(self) -> None:
         self.reached = False
+        self.path = ""
         self.messages: list[dict[str, Any]] = []
 
     @property
@@ -53,6 +54,7 @@ def ask(
 
     async def application(scope, receive, send) -> None:
         answer.reached = True
+        answer.path = scope.get("path", "")
         if scope["type"] == "http":
             await send({"type": "http.response.start", "status": 200, "headers": [(b"x-frame-options", b"DENY")]})
             await send({"type": "http.response.body", "body": b"inside"})
@@ -226,6 +228,12 @@ def test_closed_routes_below_a_root_path() -> None:
     assert ask(below, path="/k5/gradio_api/proxy=http://x").status == 404
     assert ask(below, path="/k5/api/status", headers=LINK).status == 403
     assert ask(below, path="/k5").status == 200
+
+
+@pytest.mark.parametrize(("path", "seen"), [("/k5/a b", "/a b"), ("/k5", "/"), ("/a", "/a"), ("/k55/a", "/k55/a")])
+def test_a_proxy_may_hand_the_root_path_on_or_cut_it_off(path: str, seen: str) -> None:
+    assert ask(Policy(root_path="/k5"), path=path).path == seen
+    assert ask(path=path).path == path
 
 
 def test_every_answer_carries_the_security_headers() -> None:
