@@ -6,6 +6,7 @@ can be continued. Everything happens in the work folder; only `export` writes th
 """
 
 import argparse
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -112,6 +113,11 @@ class Builder:
         self.vae("vae-decoder", "vae-images").half().save_pretrained(staging / "vae")
         transformer = Kandinsky5Transformer3DModel.from_pretrained(self.work / "transformer", torch_dtype=torch.float32)
         transformer.half().save_pretrained(staging / "transformer")
+        for part in ("vae", "transformer"):
+            # diffusers notes the folder that the weights came from; that is nobody's business.
+            config = json.loads((staging / part / "config.json").read_text(encoding="utf-8"))
+            config.pop("_name_or_path", None)
+            write_atomic(staging / part / "config.json", json.dumps(config, indent=2) + "\n")
         for source in sorted(path for path in staging.rglob("*") if path.is_file()):
             with atomic_path(self.out / source.relative_to(staging)) as temporary:
                 shutil.copyfile(source, temporary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,12 @@ def test_pictures(
 ) -> None:
     """The pictures of the documentation, made by the tests so that they show what there is."""
     (server.workspace / "drafts" / "generate.json").unlink(missing_ok=True)
+    if os.environ.get("K5_SCREENSHOTS") == "1":  # a strip with more than one clip looks like use
+        studio = open_studio()
+        for example in ("star", "triangle", "square"):
+            studio.page.locator("#k5-slot-examples .k5-chip", has_text=example).click()
+            studio.page.wait_for_timeout(1000)
+            server.ended(studio.generate())
     for name, width, height, scheme in (
         ("generate-dark", 1280, 900, "dark"),
         ("generate-light", 1280, 900, "light"),

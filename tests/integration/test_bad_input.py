@@ -244,7 +244,7 @@ def test_a_command_that_is_killed_leaves_nothing_under_a_final_name(tmp_path: Pa
     command += ["--run_dir", str(tmp_path / "run"), "--text_cache_dir", str(tmp_path / "text")]
     with subprocess.Popen(command, cwd=repository, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL) as process:
         try:
-            for _ in range(2000):
+            for _ in range(5000):
                 if any(record["type"] == "step" for record in read_events(tmp_path / "run" / "events.jsonl").records):
                     break
                 assert process.poll() is None
