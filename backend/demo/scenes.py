@@ -52,11 +52,11 @@ def _crowd(rng: random.Random, frames: int, height: int, width: int) -> torch.Te
 
 
 def scene(rng: random.Random, frames: int, height: int, width: int) -> torch.Tensor:
-    """A random clip [3, frames, height, width] in -1..1: half grammar, a third with free colours, the rest crowded."""
+    """A random clip [3, frames, height, width] in -1..1: most of the grammar, some with free colours, some crowded."""
     kind = rng.random()
-    if kind < 0.5:
+    if kind < 0.6:
         return draw(random_spec(rng), rng, frames, height, width)
-    if kind < 0.82:
+    if kind < 0.88:
         x, y, radius = track(rng.choice(MOTIONS), rng.choice((None, "small", "big")), frames, height, width, rng)
         covered = coverage(rng.choice((*SHAPES, *NEW_SHAPES)), x, y, radius, height, width)
         return paint(plain(_any_color(rng), frames, height, width), covered, _any_color(rng))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -174,9 +176,13 @@ class Studio:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The app, one for all tests of the session."""
-    running = Server(tmp_path_factory.mktemp("studio") / "workspace")
+    wanted = os.environ.get("K5_SCREENSHOTS") == "1"  # pictures show the folder: a short one, removed afterwards
+    folder = Path(tempfile.mkdtemp(prefix="studio-")) if wanted else tmp_path_factory.mktemp("studio")
+    running = Server(folder / "workspace")
     yield running
     running.stop()
+    if wanted:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
