@@ -201,7 +201,7 @@ def contact_sheet(
     for index, strip in enumerate(strips):
         sheet.paste(strip, (index // rows * strip.width, index % rows * strip.height))
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, optimize=True)
+    sheet.quantize(256).save(path, optimize=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -232,7 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(row.text())
     if options.sheets:
         for row, name in zip(rows, ("vae", "t2v", "i2v"), strict=True):
-            contact_sheet(row.clips[:16], [p.text[:52] for p in prompts[:16]], options.sheets / f"demo-{name}.png")
+            contact_sheet(row.clips[:16], [p.text for p in prompts[:16]], options.sheets / f"demo-{name}.png")
 
 
 if __name__ == "__main__":

@@ -257,10 +257,13 @@ def test_without_a_supervisor_the_one_who_kills_records_it(make_run: MakeRun) ->
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_supervisor_outlives_the_signals_of_a_logout(make_run: MakeRun, number: int) -> None:
-    run = make_run()
+    run = make_run("[slow]")
     start(run)
     os.kill(supervisor_of(run).pid, number)
-    assert wait_for_end(run).state is JobState.FINISHED
+    request(run, "stop")
+    ended = wait_for_end(run)
+    # Only the supervisor writes the exit code down.
+    assert (ended.state, ended.exit_code) == (JobState.STOPPED, 0)
 
 
 APP = """
