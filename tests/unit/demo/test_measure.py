@@ -17,7 +17,7 @@ WORDS = ("color", "shape", "motion", "background")
 @pytest.fixture(scope="module")
 def drawn() -> tuple[list[torch.Tensor], list[ClipSpec]]:
     rng = random.Random(21)
-    specs = clips.balanced_specs(48, rng)
+    specs = clips.balanced_specs(32, rng)
     return [draw(spec, rng) for spec in specs], specs
 
 
