@@ -80,7 +80,7 @@ class Builder:
     def vae_decoder(self) -> None:
         """Second VAE stage."""
         vae = self.vae("vae-decoder", "vae-images")
-        stage = VaeStage(self.seconds("vae-decoder"), rate=1e-3, batch=2, hold=0.25, seed=7)
+        stage = VaeStage(self.seconds("vae-decoder"), rate=1.5e-3, batch=2, hold=0.25, seed=7)
         train_decoder(vae, stage, self.work / "vae-decoder")
         print(assess(vae))
 

@@ -201,7 +201,7 @@ def contact_sheet(
     for index, strip in enumerate(strips):
         sheet.paste(strip, (index // rows * strip.width, index % rows * strip.height))
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.quantize(256).save(path, optimize=True)
+    sheet.save(path, optimize=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

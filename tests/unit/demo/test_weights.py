@@ -31,6 +31,11 @@ def test_only_safetensors_and_json():
     assert sorted(path.name for path in DEMO_WEIGHTS.iterdir()) == sorted(PARTS)
 
 
+def test_no_file_names_the_machine_that_made_it():
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        assert "_name_or_path" not in config(part)
+
+
 def test_every_weight_is_half_precision_and_finite():
     paths = [path for path in files(DEMO_WEIGHTS) if path.suffix == ".safetensors"]
     assert len(paths) == 4
