@@ -109,7 +109,7 @@ def _demo(name: str, title: str, mode: Mode) -> TaskPreset:
         height=64,
         max_area=64 * 64,
         steps=20,
-        guidance=4.0,
+        guidance=2.0,
         scheduler_scale=3.0,
         scale_factor=_SD,
         fixed_size=True,

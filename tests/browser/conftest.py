@@ -173,7 +173,7 @@ class Studio:
         return self.server.wait(made, 30)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The app, one for all tests of the session."""
     wanted = os.environ.get("K5_SCREENSHOTS") == "1"  # pictures show the folder: a short one, removed afterwards
@@ -185,14 +185,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def playwright_driver() -> Iterator[Playwright]:
     """Playwright's driver."""
     with sync_playwright() as driver:
         yield driver
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def chromium(playwright_driver: Playwright) -> Iterator[Browser]:
     """Debian's Chromium, or the one that CHROMIUM names."""
     if not Path(CHROMIUM).exists():
@@ -229,7 +229,7 @@ def studio(open_studio: Callable[..., Studio], server: Server) -> Studio:
     return open_studio()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def pictures() -> Path:
     """Where screenshots go: docs/images when K5_SCREENSHOTS=1, else build/screenshots."""
     wanted = os.environ.get("K5_SCREENSHOTS") == "1"
@@ -238,7 +238,7 @@ def pictures() -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def first_run(chromium: Browser, server: Server) -> dict[str, Any]:
     """The run of a first visitor who presses Generate; what the page shows meanwhile is in `seen`."""
     context = chromium.new_context(viewport={"width": 1280, "height": 900}, color_scheme="dark")

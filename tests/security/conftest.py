@@ -15,7 +15,7 @@ RUN_ID = "20260101-0000-abcdef"
 PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 4
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def _both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
     folder = tmp_path_factory.mktemp("servers")
     (folder / "roots").mkdir()
@@ -32,19 +32,19 @@ def _both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server
     assert codes == {"local": 0, "exposed": 0}, "Ctrl-C is an ordinary end"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def local(_both: dict[str, Server]) -> Server:
     """An app as most people start it."""
     return _both["local"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def exposed(_both: dict[str, Server]) -> Server:
     """An app that was started with --listen; requests carry no token unless a test adds it."""
     return _both["exposed"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def member(exposed: Server) -> Server:
     """The exposed app as somebody sees it who has the token."""
     headers = {"Authorization": f"Bearer {exposed.token}"}
