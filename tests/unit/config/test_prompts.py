@@ -14,9 +14,11 @@ from PIL import Image
 from backend.config.generate import GenerateOptions
 from backend.config.images import size_for_image
 from backend.config.prompts import MAX_PROMPTS, ClipRequest, parse_prompt_line, plan_clips, read_prompt_file
-from backend.config.tasks import DEFAULT_NEGATIVE_PROMPT
+from backend.config.tasks import DEFAULT_NEGATIVE_PROMPT, TASKS
 from backend.errors import Problems, UserError
 from tests.unit.config.headers import write_header_only
+
+DEMO = TASKS["k5-demo-t2v"]
 
 
 def _options(**values: Any) -> GenerateOptions:
@@ -61,7 +63,7 @@ def _file_problems(tmp_path: Path, content: str | bytes, suffix: str = ".txt") -
 def test_defaults_of_the_task_are_settled() -> None:
     clip = _clip()
     assert (clip.width, clip.height, clip.frames, clip.fps, clip.steps) == (64, 64, 17, 24, 20)
-    assert (clip.guidance, clip.scheduler_scale, clip.seed) == (4.0, 3.0, 42)
+    assert (clip.guidance, clip.scheduler_scale, clip.seed) == (DEMO.guidance, 3.0, 42)
     assert clip.negative_prompt == DEFAULT_NEGATIVE_PROMPT
     assert clip.output == Path("clip.mp4")
 
@@ -313,7 +315,7 @@ def test_toml(tmp_path: Path) -> None:
     )
     clips = _from_file(tmp_path, content, ".toml")
     assert [(clip.prompt, clip.width, clip.steps, clip.guidance, clip.seed) for clip in clips] == [
-        ("a", 96, 4, 4.0, 42), ("b", 32, 4, 2.0, 7),
+        ("a", 96, 4, DEMO.guidance, 42), ("b", 32, 4, 2.0, 7),
     ]  # fmt: skip
     (clip,) = _from_file(tmp_path, '[prompt]\nprompt = "only"\n', ".toml")
     assert clip.prompt == "only"
@@ -324,7 +326,7 @@ def test_json(tmp_path: Path, wrapped: bool) -> None:
     items = ["a", {"prompt": "b", "frame_count": 5, "guidance_scale": 1}, {"prompt": "c", "seed": -1, "fps": 8}]
     clips = _from_file(tmp_path, json.dumps({"prompts": items} if wrapped else items), ".json")
     assert [(clip.prompt, clip.frames, clip.guidance, clip.fps) for clip in clips] == [
-        ("a", 17, 4.0, 24), ("b", 5, 1.0, 24), ("c", 17, 4.0, 8),
+        ("a", 17, DEMO.guidance, 24), ("b", 5, 1.0, 24), ("c", 17, DEMO.guidance, 8),
     ]  # fmt: skip
 
 
