@@ -1,0 +1,1 @@
+"""Datasets: what lies in folders, what becomes of it, and the caches that training reads."""
