@@ -279,6 +279,9 @@ def test_tables_made_in_inference_mode_serve_training() -> None:
     with torch.inference_mode():
         model(**arguments)
     model(**arguments).sum().backward()
+    gradient = model.visual_embeddings.in_layer.weight.grad
+    assert gradient is not None
+    assert bool(gradient.isfinite().all())
 
 
 def test_wrong_inputs_are_named() -> None:
