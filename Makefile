@@ -14,7 +14,7 @@ help:
 	@echo "make lint     ruff (style, imports, traps) and pyright (types)"
 	@echo "make bench    the measurements"
 	@echo "make torture  kills, full disks, damage, long runs"
-	@echo "make docs     write docs/options.md anew from the option definitions"
+	@echo "make docs     write docs/options.md and docs/dataset.md anew from the definitions"
 	@echo "make clean    remove .venv and the caches of the tools"
 
 # The one rule of installation: .venv/.X.stamp is as new as X.txt. `run` and `docs` need requirements.txt only, the

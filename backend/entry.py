@@ -17,7 +17,7 @@ from backend.config.options import Options, parse_command_line
 from backend.config.version import VERSION
 from backend.errors import EngineError, Problems, Stopped, UserError
 from backend.events import EventSink, Heartbeat, Journal, NullJournal
-from backend.sampling.progress import Reporter
+from backend.progress import Reporter
 
 OptionsModel = TypeVar("OptionsModel", bound=Options)
 Work = Callable[[OptionsModel, Reporter, Path | None], list[str]]
@@ -31,16 +31,19 @@ def run_entry(
     """Run `work` on the options of the command line; returns the exit code.
 
     0: finished, or stopped because somebody asked. 2: mistakes in the request, each in one sentence on stderr.
-    1: a fault of the engine. 130: interrupted from the keyboard. With `--run_dir` everything is in the journal too.
+    1: a fault of the engine. 130: interrupted from the keyboard. With `--run_dir` everything is in the journal too;
+    of several processes that a launcher started (RANK, WORLD_SIZE), the first one writes it.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     run_dir = _run_dir_of(words)
+    rank, count = _place()
     try:
-        journal = _open_journal(run_dir)
+        # A journal has one writer: the first of several processes.
+        journal = _open_journal(run_dir if rank == 0 else None)
     except (Problems, OSError) as error:
         print(f"The journal in {run_dir} cannot be opened: {error}", file=sys.stderr)
         return Problems.exit_code
-    reporter = Reporter(journal, run_dir)
+    reporter = Reporter(journal, run_dir, label=f"{rank + 1}/{count}" if count > 1 else "")
     started = time.monotonic()
     try:
         with Heartbeat(journal):
@@ -55,6 +58,14 @@ def run_entry(
         return _report(error, journal, reporter, run_dir)
     finally:
         journal.close()
+
+
+def _place() -> tuple[int, int]:
+    """Which of how many processes this is, from 0; what makes no sense counts as alone and is reported by the work."""
+    rank, count = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    if not rank.isdecimal() or not count.isdecimal() or int(rank) >= int(count):
+        return 0, 1
+    return int(rank), int(count)
 
 
 def _open_journal(run_dir: Path | None) -> Journal | NullJournal:

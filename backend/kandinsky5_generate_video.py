@@ -10,7 +10,7 @@ from backend.config.checks import check_generate
 from backend.config.generate import GenerateOptions
 from backend.entry import run_entry
 from backend.errors import Problems
-from backend.sampling.progress import Reporter
+from backend.progress import Reporter
 
 ENTRY = "kandinsky5_generate_video"
 

@@ -19,6 +19,8 @@ from backend.errors import UserError
 from backend.events import read_events
 from backend.jobs.facts import EVENTS_FILE, LOG_FILE
 from backend.jobs.store import Run
+from k5ui.caching_api import caching_routes
+from k5ui.dataset_api import dataset_routes
 from k5ui.services import Services
 
 MAX_LOG_BYTES = 64 << 10
@@ -78,6 +80,9 @@ def router(services: Services) -> APIRouter:
     @routes.api_route("/media/{media}", methods=["GET", "HEAD"])
     def media(media: str, download: bool = False) -> Response:
         return media_response(services, media, download)
+
+    routes.include_router(caching_routes(services, Json))
+    routes.include_router(dataset_routes(services, Json))
 
     @routes.api_route("/{rest:path}", methods=["GET", "HEAD"])
     def nothing(rest: str) -> Response:

@@ -24,6 +24,8 @@ from backend.jobs.states import JobState
 from backend.jobs.store import Run, RunStore
 from backend.jobs.supervisor import ENTRIES
 from backend.jobs.view import RunView, view_run
+from k5ui.caching.desk import CachingDesk
+from k5ui.datasets.library import DatasetLibrary
 from k5ui.device import DeviceMonitor
 from k5ui.drafts import Drafts
 from k5ui.forecast import PastRun, forecast, workload
@@ -61,8 +63,10 @@ class Services:
         self.settings = Settings(self.workspace / "settings.toml", self.roots)
         self.drafts = Drafts(self.workspace / "drafts")
         self.media = MediaIds(self.store.runs_folder, self.workspace / ".secret")
+        self.datasets = DatasetLibrary(self.workspace, self.roots)
         self.device = DeviceMonitor()
         self.pages = RunPages(self.media)
+        self.caching = CachingDesk(self)
         cache = self.workspace / "cache" / "text"
         draft_run = self.store.runs_folder / "new"
         self._intake = Intake(self.settings, self.roots, self.upload_folder, cache, draft_run)
@@ -78,6 +82,7 @@ class Services:
     def close(self) -> None:
         """Stop working the queue off; jobs that run go on."""
         self.queue.close()
+        self.datasets.close()
 
     # --- requests -------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,26 @@ import gradio as gr
 from k5ui.text.loader import page_texts
 
 STATIC = Path(__file__).resolve().parent / "static"
-SCRIPTS = ("core.js", "header.js", "form.js", "player.js", "stage.js", "runs.js")
+SCRIPTS = (
+    "core.js",
+    "header.js",
+    "form.js",
+    "player.js",
+    "stage.js",
+    "runs.js",
+    "dataset.js",
+    "dataset_dialogs.js",
+    "dataset_settings.js",
+    "dataset_grid.js",
+    "dataset_items.js",
+    "dataset_captions.js",
+    "dataset_seen.js",
+    "dataset_lint.js",
+    "dataset_toml.js",
+    "caching_ledger.js",
+    "caching.js",
+)
+STYLES = ("k5.css", "dataset.css", "caching.css")
 _SANS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]
 _MONO = ["ui-monospace", "SF Mono", "Menlo", "Consolas", "monospace"]
 
@@ -68,8 +87,8 @@ def make_theme() -> gr.themes.Base:
 
 
 def make_css() -> str:
-    """The styles of static/k5.css."""
-    return (STATIC / "k5.css").read_text("utf-8")
+    """The styles of the page, its variables first."""
+    return "\n".join((STATIC / name).read_text("utf-8") for name in STYLES)
 
 
 def make_head(language: str, theme: str) -> str:

@@ -9,6 +9,8 @@ import gradio as gr
 from backend.errors import Problems
 from k5ui.live import event_values, part, sentences
 from k5ui.services import Services
+from k5ui.tabs.caching import CachingTab
+from k5ui.tabs.dataset import DatasetTab
 from k5ui.tabs.generate import GenerateTab
 from k5ui.tabs.runs import RunsTab
 from k5ui.tabs.settings import SettingsTab
@@ -32,6 +34,10 @@ def build(services: Services) -> gr.Blocks:
         with gr.Tabs(selected="generate", elem_id="k5-tabs"):
             with words.say(gr.Tab(id="generate", elem_id="k5-tab-generate"), label="tab.generate"):
                 generate = GenerateTab(services, words)
+            with words.say(gr.Tab(id="dataset", elem_id="k5-tab-dataset"), label="tab.dataset"):
+                DatasetTab(services)
+            with words.say(gr.Tab(id="caching", elem_id="k5-tab-caching"), label="tab.caching"):
+                CachingTab(services, words)
             with words.say(gr.Tab(id="runs", elem_id="k5-tab-runs"), label="tab.runs"):
                 runs = RunsTab(services)
             with words.say(gr.Tab(id="settings", elem_id="k5-tab-settings"), label="tab.settings") as settings_tab:

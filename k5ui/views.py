@@ -17,7 +17,8 @@ from k5ui.media import MediaIds
 CLIP_KINDS = ("video", "image")
 _OUTPUT_FIELDS = ("kind", "width", "height", "frames", "fps", "seconds", "seed", "prompt", "item")
 _RUN_FIELDS = (
-    *("id", "kind", "title", "phase", "step", "total", "item", "items", "seconds_per_step", "remaining_seconds"),
+    *("id", "kind", "title", "phase", "step", "total", "unit", "item", "items", "item_name"),
+    *("seconds_per_step", "remaining_seconds"),
     *("created", "started", "ended", "seconds", "message", "problems", "queue_position", "stop_requested"),
 )
 _DETAIL_FIELDS = ("warnings", "exit_code", "signal", "stalled_seconds", "silent_seconds", "gap", "log_tail", "attempt")

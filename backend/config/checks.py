@@ -16,6 +16,8 @@ from backend.files import check_writable, require_free_space
 
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
 _SPARE_BYTES = 1_000_000
+#: What a VAE is called in the folders that people download.
+VAE_EXAMPLE = "vae/diffusion_pytorch_model.safetensors"
 _KIND_WORDS = {
     "dit": "a DiT",
     "vae": "a VAE",
@@ -62,12 +64,13 @@ def check_weights(options: GenerateOptions) -> list[Problem]:
     task, paths = TASKS[options.task], weight_paths(options)
     problems: list[Problem] = []
     decode_only = options.latent_path is not None
+    example = f"{VAE_EXAMPLE} for {task.name}"
     if not decode_only:
-        problems += _check_weight("dit", paths.dit, "dit", task, _fits_task(task))
-        problems += _check_weight("text_encoder_qwen", paths.text_encoder_qwen, "text_encoder", task, None)
-        problems += _check_weight("text_encoder_clip", paths.text_encoder_clip, "clip", task, None)
+        problems += check_weight("dit", paths.dit, "dit", f"{task.checkpoint} for {task.name}", _fits_task(task))
+        problems += check_weight("text_encoder_qwen", paths.text_encoder_qwen, "text_encoder", example)
+        problems += check_weight("text_encoder_clip", paths.text_encoder_clip, "clip", example)
     if options.output_type != "latent" or (task.mode == "i2v" and not decode_only):
-        problems += _check_weight("vae", paths.vae, "vae", task, None)
+        problems += check_weight("vae", paths.vae, "vae", example)
     return problems
 
 
@@ -82,16 +85,22 @@ def _fits_task(task: TaskPreset) -> Callable[[CheckpointInfo], str | None]:
     return compare
 
 
-def _check_weight(
+def check_weight(
     field: str,
     path: str | None,
     kind: str,
-    task: TaskPreset,
-    compare: Callable[[CheckpointInfo], str | None] | None,
+    missing: str,
+    compare: Callable[[CheckpointInfo], str | None] | None = None,
 ) -> list[Problem]:
+    """Whether the weights of one option are there and are of their kind, by headers alone.
+
+    Args:
+        kind: what `backend.config.checkpoint.identify` must call them: "dit", "vae", "text_encoder" or "clip".
+        missing: what to give when there is no path, for people ("vae/model.safetensors for k5-pro-t2v-5s-sd").
+        compare: says what else does not fit, None if all does.
+    """
     if path is None:
-        example = task.checkpoint if field == "dit" else "vae/diffusion_pytorch_model.safetensors"
-        return [Problem(field, f"is missing. Give the path of {example} for {task.name}.")]
+        return [Problem(field, f"is missing. Give the path of {missing}.")]
     if field.startswith("text_encoder") and is_hub_name(path):
         return []
     if not os.path.exists(path):

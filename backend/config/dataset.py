@@ -29,6 +29,8 @@ _MIN_SIDE, _MAX_SIDE = 32, 8192
 _MAX_FRAMES = 100_000
 _MAX_PROBLEMS = 100
 _MAX_TEXT = 10_000
+_MAX_EXCLUDED = 10_000
+_MAX_IDENTITY = 4096
 
 # Keys that other trainers accept for other model families, and what they are for: named, ignored.
 FOREIGN_KEYS: Mapping[str, str] = {
@@ -82,6 +84,14 @@ def _source_fps(value: Any) -> float | Literal["auto"]:
     return float(value)
 
 
+def _exclude(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) and item.strip() for item in value):
+        raise _fail(f'must be a list of paths or patterns such as ["a.mp4", "old/*"], not {shorten(value)}.')
+    if len(value) > _MAX_EXCLUDED or any(len(item) > _MAX_IDENTITY for item in value):
+        raise _fail(f"has more than {_MAX_EXCLUDED} entries, or one that is too long. Write patterns.")
+    return tuple(value)
+
+
 def _path(value: str) -> str:
     if not value.strip():
         raise _fail("is empty. Give a path.")
@@ -121,6 +131,11 @@ class CommonKeys(_Table):
     )
     caption_dropout: float | None = Field(None, ge=0, le=1, description="Share of steps trained without a caption.")
     validation_split: float | None = Field(None, ge=0, le=0.9, description="Share of the sources kept for validation.")
+    exclude: Annotated[tuple[str, ...] | None, PlainValidator(_exclude)] = Field(
+        None,
+        description="Sources that are left out: paths inside the folder (or as the JSONL file has them) with /, or "
+        "patterns with *, ? and [...]. The files stay.",
+    )
 
 
 class ImageKeys(CommonKeys):
@@ -161,6 +176,7 @@ DEFAULTS: Mapping[str, Any] = {
     "caption_prefix": "",
     "caption_dropout": 0.0,
     "validation_split": 0.0,
+    "exclude": (),
     "target_frames": (1,),
     "frame_extraction": "head",
     "frame_stride": 1,
@@ -171,6 +187,21 @@ DEFAULTS: Mapping[str, Any] = {
 _SOURCE_KEYS = ("image_directory", "image_jsonl_file", "video_directory", "video_jsonl_file")
 _VIDEO_ONLY = tuple(key for key in VideoKeys.model_fields if key not in ImageKeys.model_fields)
 _ALL_KEYS = (*ImageKeys.model_fields, *_VIDEO_ONLY)
+
+
+def dataset_ranges() -> dict[str, str]:
+    """What is allowed for each key that has limits, in signs: "1 to 1024"; for the documentation."""
+    ranges = {
+        "resolution": f"{_MIN_SIDE} to {_MAX_SIDE} each",
+        "target_frames": f"1 to {_MAX_FRAMES} each",
+        "source_fps": "0.1 to 1000",
+        "exclude": f"up to {_MAX_EXCLUDED} entries",
+    }
+    for key, field in VideoKeys.model_fields.items():
+        limits = {name: getattr(part, name) for part in field.metadata for name in ("ge", "le") if hasattr(part, name)}
+        if len(limits) == 2:
+            ranges[key] = f"{limits['ge']} to {limits['le']}"
+    return ranges
 
 
 @dataclass(frozen=True)
@@ -204,6 +235,7 @@ class DatasetEntry:
     caption_prefix: str
     caption_dropout: float
     validation_split: float
+    exclude: tuple[str, ...] = ()
 
     @property
     def source(self) -> Path:
@@ -389,6 +421,13 @@ class _Reader:
             self._notice(
                 f"{where}.resolution",
                 f"{width} x {height} is not a multiple of {SIZE_STEP}; {down[0]} x {down[1]} is used.",
+            )
+        if "*" in entry.exclude:
+            self._notice(f"{where}.exclude", "holds *, which leaves out every source.")
+        if entry.jsonl_file is None and (lost := [item for item in entry.exclude if item.startswith("/")]):
+            self._notice(
+                f"{where}.exclude",
+                f"holds {shorten(lost[0])}, which fits no source: paths are those inside the folder.",
             )
         if entry.kind == "image":
             return

@@ -397,10 +397,10 @@ def _alike(ours: Any, other: Any) -> bool:
 # --- values -------------------------------------------------------------------------------------------------------
 
 
-def _value_text(value: Value) -> str:
-    """TOML of a value in the first form that both readers read back equal."""
+def _value_text(value: Value, listed: bool = False) -> str:
+    """TOML of a value in the first form that both readers read back equal, by itself or between others in a list."""
     if isinstance(value, list):
-        return f"[{', '.join(_value_text(item) for item in value)}]"
+        return f"[{', '.join(_value_text(item, True) for item in value)}]"
     if not isinstance(value, str):
         return tomlkit.item(value).as_string()
     plain = tomlkit.item(value).as_string()
@@ -412,7 +412,7 @@ def _value_text(value: Value) -> str:
         '"' + "".join(f"\\U{ord(letter):08x}" for letter in value) + '"',
     )
     # None fits a few texts of control characters and backslashes; `notices` then tells.
-    return next((form for form in forms if _reads_back(form, value)), plain)
+    return next((form for form in forms if _reads_back(form, value, listed)), plain)
 
 
 def _escaped(value: str) -> str:
@@ -426,9 +426,9 @@ def _escaped(value: str) -> str:
     )
 
 
-def _reads_back(form: str, value: str) -> bool:
-    text = f"a = {form}\nb = 1\n"
-    wanted = {"a": value, "b": 1}
+def _reads_back(form: str, value: str, listed: bool) -> bool:
+    text = f'a = [{form}, "x", {form}]\nb = 1\n' if listed else f"a = {form}\nb = 1\n"
+    wanted = {"a": [value, "x", value] if listed else value, "b": 1}
     try:
         return tomllib.loads(text) == wanted == toml.loads(text)
     except (ValueError, LookupError, TypeError, AttributeError):

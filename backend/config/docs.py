@@ -1,4 +1,4 @@
-"""Writes docs/options.md from the option definitions: `python -m backend.config.docs [--check | --flags]`."""
+"""Writes docs/options.md and docs/dataset.md by definitions: `python -m backend.config.docs [--check | --flags]`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from backend.config.cache import CacheLatentsOptions, CacheTextOptions, CheckDatasetOptions
+from backend.config.dataset_docs import DATASET_PAGE, dataset_page
 from backend.config.generate import GenerateOptions
 from backend.config.options import Options, OptionSpec, build_parser, specs
 from backend.files import write_atomic
@@ -16,6 +18,9 @@ from backend.files import write_atomic
 # The tools of the command line: module name below `backend` -> what it does, and its options.
 TOOLS: Mapping[str, tuple[str, type[Options]]] = {
     "kandinsky5_generate_video": ("Generate video", GenerateOptions),
+    "kandinsky5_check_dataset": ("Look a dataset over", CheckDatasetOptions),
+    "kandinsky5_cache_latents": ("Cache latents", CacheLatentsOptions),
+    "kandinsky5_cache_text_encoder_outputs": ("Cache captions", CacheTextOptions),
 }
 
 OPTIONS_PAGE = Path(__file__).resolve().parents[2] / "docs" / "options.md"
@@ -138,22 +143,23 @@ def flags_text() -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Write the page, compare it (`--check`) or print the flags as JSON (`--flags`); 1 when the page is out of date."""
+    """Write the pages, compare them (`--check`) or print the flags as JSON (`--flags`); 1 when one is out of date."""
     parser = argparse.ArgumentParser(prog="python -m backend.config.docs", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="Write nothing; fail when docs/options.md is out of date.")
+    parser.add_argument("--check", action="store_true", help="Write nothing; fail when a page is out of date.")
     parser.add_argument("--flags", action="store_true", help="Print every flag as JSON, for tests/golden/flags.json.")
     given = parser.parse_args(argv)
     if given.flags:
         print(flags_text())
         return 0
-    page = options_page()
-    current = OPTIONS_PAGE.read_text("utf-8") if OPTIONS_PAGE.is_file() else ""
-    if given.check:
-        if current != page:
-            print("docs/options.md is out of date. Run: make docs", file=sys.stderr)
-        return int(current != page)
-    write_atomic(OPTIONS_PAGE, page)
-    return 0
+    outdated = 0
+    for path, page in ((OPTIONS_PAGE, options_page()), (DATASET_PAGE, dataset_page())):
+        current = path.read_text("utf-8") if path.is_file() else ""
+        if not given.check:
+            write_atomic(path, page)
+        elif current != page:
+            outdated = 1
+            print(f"docs/{path.name} is out of date. Run: make docs", file=sys.stderr)
+    return outdated
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ TEXT_KEYS = {
     "template": "template",
     "template_hash": "template text",
     "max_length": "token limit",
+    "clip_max_length": "CLIP token limit",
     "qwen_fingerprint": "Qwen encoder",
     "clip_fingerprint": "CLIP encoder",
     "text_dtype": "text number format",

@@ -92,6 +92,9 @@ def unique_keys(sources: Iterable[tuple[str, str]]) -> list[str]:
     cannot hold both.
     """
     pairs = list(sources)
+    stems = [stem for stem, _ in pairs]
+    if _all_plain(stems):
+        return stems
     keys: list[str | None] = []
     taken: set[str] = set()
     for stem, _ in pairs:
@@ -108,6 +111,16 @@ def unique_keys(sources: Iterable[tuple[str, str]]) -> list[str]:
         _hashed_key(stem, identity, taken) if key is None else key
         for key, (stem, identity) in zip(keys, pairs, strict=True)
     ]
+
+
+def _all_plain(stems: list[str]) -> bool:
+    """Whether every stem may stand as it is: plain letters, short, visible, all different; true for nearly all."""
+    together = "\n".join(stems)
+    if not together.isascii() or together.count("\n") != len(stems) - 1:
+        return False
+    if together.startswith(".") or "\n." in together or "" in stems or max(map(len, stems)) > _KEY_LIMIT:
+        return False
+    return len(set(together.lower().split("\n"))) == len(stems)
 
 
 def _fold(stem: str) -> str:

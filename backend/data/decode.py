@@ -17,6 +17,7 @@ from backend.data.container import open_video
 from backend.data.formats import MediaError
 from backend.data.frame_folders import read_frames
 from backend.data.scaling import FrameScaler, Pixels, Target, seen_size
+from backend.data.screen_time import frames_at
 from backend.data.timeline import Timeline, TimelineCache
 
 Put = Callable[[int, Pixels], None]
@@ -45,8 +46,7 @@ def resolve_wanted(path: str | Path, wanted: Sequence[int] | Sequence[float], ti
         raise ValueError("Give frame numbers as integers or times as finite floats, not both.")
     if os.path.isdir(path):
         raise MediaError(path, "is a folder of frames, which have numbers but no times. Ask for numbers.")
-    timeline = timelines.get(path)
-    return [timeline.number_at(float(value)) for value in wanted]
+    return frames_at(timelines.get(path).seconds, wanted).tolist()
 
 
 def decode_numbers(

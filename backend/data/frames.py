@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy
+from numpy.typing import NDArray
+
 from backend.config.dataset import DatasetEntry
 from backend.config.tasks import valid_frames
+from backend.data.screen_time import count_at_rate, frames_at, shown_seconds
 
 TARGET_FPS = 24
-# Seconds. Containers round presentation times to ticks, Matroska to milliseconds; the first time and a later one may
-# each be half a tick off, and a frame that is late by no more than that is on screen.
-_TOLERANCE = 1.1e-3
 
 
 @dataclass(frozen=True, order=True)
@@ -76,47 +75,35 @@ def needed_frames(entry: DatasetEntry) -> int | None:
     return valid_frames(entry.max_frames) if entry.frame_extraction == "full" else None
 
 
-def resampled_count(times: Sequence[float], fps: float = TARGET_FPS, end: float | None = None) -> int:
-    """Frames of a video at `fps` whose source frames are shown from `times` (seconds, ascending) until `end`.
-
-    `end` defaults to the last time plus the mean duration of a frame (one frame: one frame).
-    """
-    if not times:
-        return 0
-    if end is None:
-        mean = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 1 / fps
-        end = times[-1] + mean
-    return max(1, math.ceil((end - times[0]) * fps - _TOLERANCE * fps))
+def resampled_count(times: Sequence[float] | NDArray[numpy.float64]) -> int:
+    """Frames at 24 a second of a video whose frames are shown at `times` (seconds, ascending)."""
+    return count_at_rate(len(times), shown_seconds(times), TARGET_FPS)
 
 
 def resample_times(
-    times: Sequence[float], fps: float = TARGET_FPS, *, start: int = 0, frames: int | None = None
+    times: Sequence[float] | NDArray[numpy.float64], *, start: int = 0, frames: int | None = None
 ) -> list[int]:
-    """Source frame of each of `frames` frames (default: all to the end) from frame `start` of the video at `fps`.
+    """Source frame of each of `frames` frames (default: all to the end) from frame `start` of the video at 24 a second.
 
-    `times` are presentation times in seconds, ascending, at any spacing. Frame k is shown at times[0] + k / fps and is
-    the last source frame that is on screen then: frames are dropped when the source is faster and repeated when it is
-    slower, so the speed stays.
+    `times` are presentation times in seconds, ascending, at any spacing. Frame k is shown at times[0] + k / 24 and is
+    the source frame that is on screen then (see `backend.data.screen_time`): frames are dropped when the source is
+    faster and repeated when it is slower, so the speed stays.
 
     Raises:
         ValueError: the times do not ascend, or the range leaves the video.
     """
-    if any(later < earlier for earlier, later in itertools.pairwise(times)):
+    shown = numpy.asarray(times, dtype=numpy.float64)
+    if (numpy.diff(shown) < 0).any():
         raise ValueError("Presentation times must ascend.")
-    count = resampled_count(times, fps)
+    count = resampled_count(shown)
     frames = count - start if frames is None else frames
     if start < 0 or frames < 0 or start + frames > count:
         raise ValueError(f"Frames {start} to {start + frames} are not all in a video of {count} frames.")
-    chosen: list[int] = []
-    source = 0
-    for index in range(start, start + frames):
-        moment = times[0] + index / fps + _TOLERANCE
-        while source + 1 < len(times) and times[source + 1] <= moment:
-            source += 1
-        chosen.append(source)
-    return chosen
+    if not frames:
+        return []
+    return frames_at(shown, numpy.arange(start, start + frames) / TARGET_FPS).tolist()
 
 
-def constant_rate_times(frame_count: int, source_fps: float) -> list[float]:
+def constant_rate_times(frame_count: int, source_fps: float) -> NDArray[numpy.float64]:
     """Presentation times in seconds of `frame_count` frames at a stated constant rate; for a given `source_fps`."""
-    return [index / source_fps for index in range(frame_count)]
+    return numpy.arange(frame_count) / source_fps

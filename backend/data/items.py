@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from backend.data.buckets import Bucket, Nabla, choose_bucket
+import numpy
+from numpy.typing import NDArray
+
+from backend.data.buckets import Bucket, Nabla, ResizePlan, plan_source, resize_plan
 from backend.data.cache_names import latent_cache_name, text_cache_name
-from backend.data.frames import ClipRange, clip_ranges, resampled_count, shortest_clip
+from backend.data.frames import (
+    TARGET_FPS,
+    ClipRange,
+    clip_ranges,
+    constant_rate_times,
+    resample_times,
+    resampled_count,
+    shortest_clip,
+)
 from backend.data.probe import MediaInfo, probe
 from backend.data.scan import Source
+from backend.data.screen_time import count_at_rate
 from backend.data.stamps import Stamp, stamp_of
 from backend.errors import UserError
 
 if TYPE_CHECKING:
     from backend.config.dataset import DatasetEntry
+
+
+# A strip of 1 x 30,000 pixels that covers 512 x 512 would take gigabytes before it is cropped.
+_MAX_SCALED_PIXELS = 200_000_000
+# The bucket, the size to crop to before a stretch to it, and why the source cannot be used.
+_Sizes = tuple[Bucket, Bucket | None, str | None]
 
 
 class MediaFacts(NamedTuple):
@@ -40,6 +58,7 @@ class Item(NamedTuple):
         bucket: width and height in pixels that it is encoded in.
         latent_name, text_name: file names of its caches.
         stamp: the source as it was looked at.
+        cropped: the size that the source covers and is cropped to, if that is then stretched to the bucket; else None.
     """
 
     source: Source
@@ -49,6 +68,12 @@ class Item(NamedTuple):
     latent_name: str
     text_name: str
     stamp: Stamp
+    cropped: Bucket | None = None
+
+    @property
+    def resize_plan(self) -> ResizePlan:
+        """How the source is scaled and cropped; where `cropped` is given, the result is stretched to the bucket."""
+        return resize_plan(self.media[:2], self.cropped or self.bucket)
 
     @property
     def frames(self) -> int:
@@ -129,22 +154,25 @@ def build_items(
     that remembers them.
     """
     plan = ItemPlan()
-    buckets: dict[tuple[int, int], Bucket] = {}
+    sizes: dict[tuple[int, int], _Sizes] = {}
     clips: dict[MediaFacts, list[ClipRange]] = {}
     for source in sources:
         try:
             stamp, media = look(source)
             size = media[:2]
-            bucket = buckets.get(size)
-            if bucket is None:
-                bucket = buckets[size] = choose_bucket(size, entry, nabla=nabla)
+            if size not in sizes:
+                sizes[size] = _sizes(size, entry, nabla)
         except UserError as error:
             plan.skipped.append(Skipped(source, error.message, True))
+            continue
+        bucket, cropped, trouble = sizes[size]
+        if trouble is not None:
+            plan.skipped.append(Skipped(source, trouble, False))
             continue
         text_name = text_cache_name(source.name)
         if source.kind == "image":
             name = latent_cache_name(source.name, media.width, media.height)
-            plan.items.append(Item(source, media, None, bucket, name, text_name, stamp))
+            plan.items.append(Item(source, media, None, bucket, name, text_name, stamp, cropped))
             continue
         ranges = clips.get(media)
         if ranges is None:
@@ -153,14 +181,66 @@ def build_items(
             plan.skipped.append(Skipped(source, _too_short(entry, media), False))
         for clip in ranges:
             name = latent_cache_name(source.name, bucket.width, bucket.height, clip.start, clip.frames)
-            plan.items.append(Item(source, media, clip, bucket, name, text_name, stamp))
+            plan.items.append(Item(source, media, clip, bucket, name, text_name, stamp, cropped))
     return plan
+
+
+def _sizes(size: tuple[int, int], entry: DatasetEntry, nabla: Nabla) -> _Sizes:
+    bucket, resize = plan_source(size, entry, nabla=nabla)
+    cropped = Bucket(*resize.size)
+    trouble = None
+    if resize.scaled[0] * resize.scaled[1] > _MAX_SCALED_PIXELS:
+        trouble = f"is {size[0]} x {size[1]}, too narrow to be cropped to {cropped.width} x {cropped.height}"
+    return bucket, None if cropped == bucket else cropped, trouble
 
 
 def usable_frames(entry: DatasetEntry, media: MediaFacts) -> int:
     """How many frames there are to choose clips from: the stored ones, or those after resampling to 24 a second."""
-    rate = media.fps if entry.source_fps == "auto" else entry.source_fps
-    return resampled_count([0.0], end=media.frames / rate) if rate else media.frames
+    if entry.source_fps is None or (entry.source_fps == "auto" and media.seconds <= 0):
+        return media.frames
+    seconds = media.seconds if entry.source_fps == "auto" else media.frames / entry.source_fps
+    return count_at_rate(media.frames, seconds, TARGET_FPS)
+
+
+def needs_times(entry: DatasetEntry, item: Item) -> bool:
+    """Whether the frames of an item are chosen by the presentation times of its file (`source_fps = "auto"`)."""
+    return item.clip is not None and entry.source_fps == "auto" and item.media.seconds > 0
+
+
+def source_frame_numbers(
+    entry: DatasetEntry, item: Item, presentation_times: Sequence[float] | NDArray[numpy.float64] | None = None
+) -> list[int]:
+    """The frames of its source (counted from 0 in the order in which they are shown) that an item consists of.
+
+    As many as `item.frames`, ascending; a frame stands twice where the source is slower than 24 a second. Without
+    `source_fps` frames are taken as they are, by number. With a number they are resampled as if the source had exactly
+    that rate, with "auto" by the real times: `presentation_times` (seconds, ascending, all frames of the file) are
+    needed when `needs_times` says so and are not looked at otherwise. A still is [0].
+
+    Raises:
+        UserError: the file ends before the clip does, so it is not what it was when it was looked at.
+        ValueError: times are needed and there are none.
+    """
+    clip = item.clip
+    if clip is None:
+        return [0]
+    if entry.source_fps is None or (entry.source_fps == "auto" and not needs_times(entry, item)):
+        return list(range(clip.start, clip.end))
+    if entry.source_fps == "auto":
+        if presentation_times is None or not len(presentation_times):
+            raise ValueError("The frames of this item are chosen by presentation times, and there are none.")
+        times = numpy.asarray(presentation_times, dtype=numpy.float64)
+    else:
+        times = constant_rate_times(item.media.frames, entry.source_fps)
+    count = resampled_count(times)
+    # Rounded times may make the last frame fall just behind the end; the frame before it is then still on screen.
+    if clip.end > count + 1:
+        raise UserError(
+            f"{item.source.location} ends after {count / TARGET_FPS:.2f} s, and a clip of it goes to "
+            f"{clip.end / TARGET_FPS:.2f} s. It changed since it was looked at; look at the dataset again."
+        )
+    numbers = resample_times(times, start=clip.start, frames=min(clip.end, count) - clip.start)
+    return numbers + [len(times) - 1] * (clip.frames - len(numbers))
 
 
 def _too_short(entry: DatasetEntry, media: MediaFacts) -> str:

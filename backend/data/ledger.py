@@ -23,15 +23,18 @@ from backend.data.cache_names import (
     parse_text_name,
     unconditional_cache_name,
 )
-from backend.data.items import Item, Skipped, build_items
+from backend.data.items import Item, Look, Skipped, build_items
 from backend.data.ledger_index import LedgerIndex
+from backend.data.looking import FEW, Progress, look_at_all
+from backend.data.pauses import no_collection
 from backend.data.recipes import LatentRecipe, TextRecipe
-from backend.data.scan import Source, scan_dataset
+from backend.data.scan import Scan, Source, scan_dataset
 from backend.data.stamps import Stamp, stamp_of, text_hash
 from backend.errors import Problem, UserError
 
 if TYPE_CHECKING:
     from backend.config.dataset import DatasetEntry
+    from backend.data.watchdog import MediaReader
 
 STATES = ("valid", "stale", "foreign", "broken", "missing")
 
@@ -69,6 +72,7 @@ class DatasetLedger:
     """Everything about the caches of one dataset.
 
     `held` counts cache files of sources that could not be read: they may be needed again and are no orphans.
+    `excluded` counts the sources that the configuration leaves out; their caches are orphans.
     """
 
     index: int
@@ -82,6 +86,7 @@ class DatasetLedger:
     problems: list[Problem] = field(default_factory=list)
     orphans: list[Orphan] = field(default_factory=list)
     held: int = 0
+    excluded: int = 0
 
     @property
     def latent_states(self) -> dict[str, int]:
@@ -115,21 +120,39 @@ def check_dataset(
     *,
     latents: LatentRecipe | None = None,
     text: TextRecipe | None = None,
+    reader: MediaReader | None = None,
+    on_progress: Progress | None = None,
 ) -> DatasetLedger:
     """Judge every cache of one dataset. Nothing is changed but the index in the cache folder.
 
     Without a recipe the caches are compared with the dataset alone (sources, captions, sizes, frames, templates), not
     with a VAE or encoders; for NABLA sizes give `LatentRecipe(nabla=...)`.
 
+    Args:
+        reader: probes sources that are new, in guarded processes. None: a few are probed here, many by all cores.
+        on_progress: as for `look_at_all`, called with sources looked at and sources in all.
+
     Raises:
         UserError: the source folder, the JSONL file or the cache folder cannot be read.
     """
+    recipe, text = latents or LatentRecipe(), text or TextRecipe()
+    # One pause for all that is quick: after each, the collector looks through everything once.
+    with no_collection():
+        scan = scan_dataset(entry)
+        index = LedgerIndex(os.path.abspath(os.fspath(entry.cache_directory)))
+        if reader is None and on_progress is None and index.count_new(scan.sources) <= FEW:
+            return _judged(entry, scan, index, index.look, recipe, text)
+    looks = look_at_all(scan.sources, index=index, reader=reader, on_progress=on_progress)
+    with no_collection():
+        return _judged(entry, scan, index, looks.look, recipe, text)
+
+
+def _judged(
+    entry: DatasetEntry, scan: Scan, index: LedgerIndex, look: Look, recipe: LatentRecipe, text: TextRecipe
+) -> DatasetLedger:
     folder = os.path.abspath(os.fspath(entry.cache_directory))
     present = _list_caches(folder)
-    scan = scan_dataset(entry)
-    index = LedgerIndex(folder)
-    recipe = latents or LatentRecipe()
-    plan = build_items(entry, scan.sources, nabla=recipe.nabla, look=index.look)
+    plan = build_items(entry, scan.sources, nabla=recipe.nabla, look=look)
     ledger = DatasetLedger(
         entry.index,
         entry.kind,
@@ -138,8 +161,9 @@ def check_dataset(
         skipped=plan.skipped,
         missing_captions=scan.missing_captions,
         problems=scan.problems,
+        excluded=len(scan.excluded),
     )
-    judge = _Judge(entry, folder, present, index, recipe, text or TextRecipe())
+    judge = _Judge(entry, folder, present, index, recipe, text)
     ledger.latents = [judge.latent(item) for item in plan.items]
     ledger.texts = judge.texts(plan.items)
     judge.find_predecessors(ledger.latents)
@@ -185,7 +209,7 @@ class _Judge:
         if isinstance(facts, Verdict):
             return LatentRow(item, facts, size)
         # `facts.shared` is one object for equal facts and lives as long as the index, so its identity stands for it.
-        key = (id(facts.shared), facts.ours, item.clip, item.bucket)
+        key = (id(facts.shared), facts.ours, item.clip, item.bucket, item.cropped)
         verdict = self._shared_verdicts.get(key)
         if verdict is None:
             expected = self.recipe.expected(self.entry, item, item.stamp)
@@ -262,8 +286,10 @@ def _find_orphans(ledger: DatasetLedger, present: set[str]) -> None:
     """List the caches that no item needs, and the remains of killed writers."""
     needed = {row.item.latent_name for row in ledger.latents}
     needed.update(row.name for row in ledger.texts)
-    # Captions may be cached before the frames are settled; broken sources may be repaired.
+    # Broken sources may be repaired. Captions are cached without a look at the media, so sources without items have
+    # texts too.
     held = {skipped.source.name for skipped in ledger.skipped if skipped.broken}
+    waiting = {skipped.source.name for skipped in ledger.skipped if not skipped.broken}
     for name in sorted(present - needed):
         if is_unfinished(name):
             why = "unfinished"
@@ -274,6 +300,8 @@ def _find_orphans(ledger: DatasetLedger, present: set[str]) -> None:
                 continue
             if key in held:
                 ledger.held += 1
+                continue
+            if latent is None and key in waiting:
                 continue
             why = "no item"
         try:

@@ -6,61 +6,80 @@ it had is read again, and a missing or damaged index costs time only.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from backend.data.cache_facts import CacheFacts, Verdict, read_latent_facts, read_text_facts
 from backend.data.cache_names import INDEX_FILE
-from backend.data.items import MediaFacts, look_at
+from backend.data.items import MediaFacts, look_at, source_stamp
 from backend.data.scan import Source, read_caption
 from backend.data.stamps import Stamp, content_hash, stamp_of, text_hash
 from backend.errors import UserError
 from backend.files import write_atomic
 
-_VERSION = "1"
+_VERSION = "2"
 _READERS = {"latent": read_latent_facts, "text": read_text_facts}
+_TABLES = ("media", "captions", "hashes", "caches")
+Seen = tuple[Stamp, MediaFacts]
 
 
 class LedgerIndex:
-    """The index of one cache folder. Entries that are not asked for are forgotten when it is saved."""
+    """The index of one cache folder.
+
+    Entries that are not asked for are forgotten when it is saved, but a whole table that nobody asked about stays.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self._base = os.path.join(os.fspath(folder), "")
         self._old = _load(self._base + INDEX_FILE)
-        # Lists instead of tuples and one flat list per entry: that is what JSON gives, and it is read fastest.
-        self._media: dict[str, list[Any]] = {}
-        self._captions: dict[str, list[Any]] = {}
-        self._hashes: dict[str, list[Any]] = {}
-        self._caches: dict[str, list[Any]] = {}
+        self._media: dict[str, Seen] = {}
+        self._captions: dict[str, tuple[Stamp, str, str]] = {}
+        self._hashes: dict[str, tuple[Stamp, str]] = {}
+        self._caches: dict[str, tuple[Stamp, CacheFacts]] = {}
         self._shared: list[dict[str, str]] = self._old["shared"]
         self._shared_ids = {_frozen(shared): number for number, shared in enumerate(self._shared)}
         self._changed = False
 
-    def look(self, source: Source) -> tuple[Stamp, MediaFacts]:
-        """Stamp and facts of a source; it is probed only when its stamp is new.
+    def look(self, source: Source) -> Seen:
+        """Stamp and facts of a source; it is probed, in this process, only when its stamp is new.
 
         Raises:
             UserError: it is broken or gone.
         """
-        known = self._old["media"].get(source.location)
-        if known is not None:
-            try:
-                stamp = stamp_of(source.location)
-            except OSError as error:
-                raise UserError(
-                    f"{source.location} cannot be read: {error.strerror or error}. Check the file."
-                ) from error
-            if known[0] == stamp[0] and known[1] == stamp[1] and known[2] == stamp[2]:
-                self._media[source.location] = known
-                return stamp, MediaFacts(*known[3:])
-        stamp, media = look_at(source)
-        self._media[source.location] = [*stamp, *media]
+        known = self.recall(source)
+        if known is None:
+            known = look_at(source)
+            self.remember(source, known)
+        return known
+
+    def count_new(self, sources: Sequence[Source]) -> int:
+        """How many of these sources the index has never seen (those that changed since are not counted)."""
+        return sum(source.location not in self._old["media"] for source in sources)
+
+    def recall(self, source: Source) -> Seen | None:
+        """What is remembered of a source that has not changed since; None: it has to be probed.
+
+        Raises:
+            UserError: it is gone.
+        """
+        location = source.location
+        stamp = source_stamp(source)
+        known = self._media.get(location) or self._old["media"].get(location)
+        if known is None or known[0] != stamp:
+            return None
+        self._media[location] = known
+        return known
+
+    def remember(self, source: Source, seen: Seen) -> None:
+        """Keep what a probe found."""
+        self._media[source.location] = seen
         self._changed = True
-        return stamp, media
 
     def caption_hash(self, source: Source, prefix: str) -> str:
         """The hash of a source's whole caption; its file is read only when its stamp is new.
@@ -78,11 +97,11 @@ class LedgerIndex:
                 f"The caption {location} cannot be read: {error.strerror or error}. Check the file."
             ) from error
         known = self._old["captions"].get(location)
-        if known is None or known[0] != stamp[0] or known[1] != stamp[1] or known[2] != stamp[2] or known[3] != prefix:
-            known = [*stamp, prefix, text_hash(read_caption(source, prefix))]
+        if known is None or known[0] != stamp or known[1] != prefix:
+            known = (stamp, prefix, text_hash(read_caption(source, prefix)))
             self._changed = True
         self._captions[location] = known
-        return known[4]
+        return known[2]
 
     def content_hash(self, location: str) -> str:
         """The hash of a source's content, asked for when its time differs from the one that its caches remember.
@@ -92,11 +111,11 @@ class LedgerIndex:
         """
         stamp = stamp_of(location)
         known = self._old["hashes"].get(location) or self._hashes.get(location)
-        if known is None or known[:3] != [*stamp]:
-            known = [*stamp, content_hash(location)]
+        if known is None or known[0] != stamp:
+            known = (stamp, content_hash(location))
             self._changed = True
         self._hashes[location] = known
-        return known[3]
+        return known[1]
 
     def cache_facts(self, name: str, what: str) -> tuple[CacheFacts | Verdict, int]:
         """What the header of the cache file `name` says ("latent" or "text"), and the file's size in bytes.
@@ -109,17 +128,17 @@ class LedgerIndex:
         except OSError as error:
             return Verdict("broken", (f"cannot be read: {error.strerror or error}",)), 0
         known = self._old["caches"].get(name)
-        if known is None or known[0] != stamp[0] or known[1] != stamp[1] or known[2] != stamp[2]:
+        if known is None or known[0] != stamp:
             try:
                 facts = _READERS[what](self._base + name)
             except UserError as error:
                 return Verdict("broken", (error.message,)), stamp.size
-            known = [*stamp, facts.ours, self._intern(facts.shared), *facts[2:]]
+            known = (stamp, facts._replace(shared=self._shared[self._intern(facts.shared)]))
             self._changed = True
         self._caches[name] = known
-        return CacheFacts(known[3], self._shared[known[4]], known[5], known[6], known[7], known[8]), stamp.size
+        return known[1], stamp.size
 
-    def _intern(self, shared: Any) -> int:
+    def _intern(self, shared: Mapping[str, str]) -> int:
         key = _frozen(shared)
         number = self._shared_ids.get(key)
         if number is None:
@@ -129,17 +148,44 @@ class LedgerIndex:
 
     def save(self) -> None:
         """Store what was asked for since the index was loaded, if that is not what is stored already."""
-        tables = {"media": self._media, "captions": self._captions, "hashes": self._hashes, "caches": self._caches}
-        same = not self._changed and all(len(table) == len(self._old[name]) for name, table in tables.items())
+        asked = {"media": self._media, "captions": self._captions, "hashes": self._hashes, "caches": self._caches}
+        tables: dict[str, dict[str, Any]] = {name: asked[name] or self._old[name] for name in _TABLES}
+        same = not self._changed and all(len(tables[name]) == len(self._old[name]) for name in _TABLES)
         if same or not os.path.isdir(self._base):
             return
-        body = json.dumps(tables | {"shared": self._shared}, separators=(",", ":"))
+        numbers = {id(shared): number for number, shared in enumerate(self._shared)}
+        # Columns instead of rows: a few long lists are read several times faster than many short ones.
+        columns = {
+            "media": _columns(tables["media"], lambda row: row[1]),
+            "captions": _columns(tables["captions"], lambda row: row[1:]),
+            "hashes": _columns(tables["hashes"], lambda row: row[1:]),
+            "caches": _columns(tables["caches"], lambda row: (row[1][0], numbers[id(row[1][1])], *row[1][2:])),
+        }
+        body = json.dumps(columns | {"shared": self._shared}, separators=(",", ":"))
         # A folder that may be read but not written is checked all the same, only more slowly.
         with suppress(UserError, OSError):
             write_atomic(self._base + INDEX_FILE, f"{_seal(body.encode())}\n{body}")
 
 
-def _frozen(shared: Any) -> tuple[tuple[str, str], ...]:
+def _columns(table: dict[str, Any], rest: Callable[[Any], tuple[Any, ...]]) -> list[Any]:
+    """Keys, size, time and inode of the stamps, then one list for each of the values that `rest` gives of a row."""
+    return list(zip(*((key, *row[0], *rest(row)) for key, row in table.items()), strict=True))
+
+
+def _rows(columns: list[list[Any]]) -> tuple[list[str], Iterable[Stamp], list[list[Any]]]:
+    """What `_columns` made: keys, stamps, and the other columns."""
+    if not columns:
+        return [], [], []
+    keys, sizes, times, inodes, *rest = columns
+    return keys, map(_make(Stamp), zip(sizes, times, inodes, strict=True)), rest
+
+
+def _make(kind: type[tuple[Any, ...]]) -> Callable[[tuple[Any, ...]], Any]:
+    # What `kind(...)` does, without the call of a Python function for each of very many.
+    return functools.partial(tuple.__new__, kind)
+
+
+def _frozen(shared: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(shared.items()))
 
 
@@ -149,11 +195,25 @@ def _seal(body: bytes) -> str:
 
 def _load(location: str) -> dict[str, Any]:
     """The stored tables; empty ones when there are none, of another version, or not exactly as they were written."""
+    tables: dict[str, Any] = {name: {} for name in _TABLES} | {"shared": []}
     try:
         with open(location, "rb") as handle:
             seal, _, body = handle.read().partition(b"\n")
-        if seal == _seal(body).encode():
-            return json.loads(body)
+        if seal != _seal(body).encode():
+            return tables
+        stored = json.loads(body)
     except (OSError, ValueError):
-        pass
-    return {"media": {}, "captions": {}, "hashes": {}, "caches": {}, "shared": []}
+        return tables
+    tables["shared"] = shared = stored["shared"]
+    for name in ("captions", "hashes"):
+        keys, stamps, rest = _rows(stored[name])
+        tables[name] = dict(zip(keys, zip(stamps, *rest, strict=True), strict=True))
+    keys, stamps, rest = _rows(stored["media"])
+    facts: Iterable[Any] = map(_make(MediaFacts), zip(*rest, strict=True))
+    tables["media"] = dict(zip(keys, zip(stamps, facts, strict=True), strict=True))
+    keys, stamps, rest = _rows(stored["caches"])
+    if rest:
+        rest[1] = [shared[number] for number in rest[1]]
+    facts = map(_make(CacheFacts), zip(*rest, strict=True))
+    tables["caches"] = dict(zip(keys, zip(stamps, facts, strict=True), strict=True))
+    return tables

@@ -32,6 +32,7 @@ def _dataset(ledger: DatasetLedger, every_item: bool) -> dict[str, Any]:
         "bytes": ledger.bytes,
         "orphan_bytes": ledger.orphan_bytes,
         "held": ledger.held,
+        "excluded": ledger.excluded,
         "items": [_latent(row) for row in ledger.latents if every_item or row.verdict.state != "valid"],
         "captions": [_text(row) for row in ledger.texts if every_item or row.verdict.state != "valid"],
         "skipped": [
@@ -81,7 +82,8 @@ def to_text(ledgers: Sequence[DatasetLedger]) -> str:
 def _lines(ledger: DatasetLedger) -> list[str]:
     lines = [
         f"Dataset {ledger.index + 1} ({ledger.kind}, caches in {ledger.cache_directory}): "
-        f"{ledger.sources} sources, {len(ledger.latents)} items, {_size(ledger.bytes)}.",
+        f"{ledger.sources} sources{f' and {ledger.excluded} left out' if ledger.excluded else ''}, "
+        f"{len(ledger.latents)} items, {_size(ledger.bytes)}.",
         f"  latents: {_counts(ledger.latent_states)}",
         f"  texts: {_counts(ledger.text_states)}",
     ]

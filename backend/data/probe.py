@@ -18,10 +18,13 @@ from backend.data.formats import MediaError, kind_of
 from backend.data.frame_folders import frame_files
 from backend.data.images import EXIF_ROTATIONS, image_facts
 from backend.data.scaling import orientation_of, seen_size
+from backend.data.screen_time import shown_seconds
 from backend.data.timeline import TimelineCache, varies
 
 # Rates in headers are rounded, measured ones too; a header that is further off is not believed.
 _RATE_TOLERANCE = 0.01
+# Seconds: twice what the coarsest usual clock of a file, 1/600 s, rounds.
+_ROUNDING = 2e-3
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class MediaInfo:
     """An image, a video or a folder of frames.
 
     `width` and `height` are those that a person sees: turned, and with pixels made square. `frames`, `fps` (the average
-    rate) and `seconds`: an image has 1, None, None; a folder of frames has no rate. `variable_rate`: some frame is
+    rate as the header says it, if that is no more than 1 % off) and `seconds` (measured, to the end of the last frame):
+    an image has 1, None, None; a folder of frames has no rate. `variable_rate`: some frame is
     shown more than half a frame away from its place at the average rate. `rotation`: clockwise degrees that were
     applied to the stored picture, mirrored left to right before if `mirrored`.
     """
@@ -77,20 +81,28 @@ def _probe_video(path: str | Path, timelines: TimelineCache) -> MediaInfo:
         frame = _first_frame(path, container, stream)
         aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
     fps, variable = (None, True) if seconds is None else _rate(seconds, said)
-    if seconds is None or variable:
+    # Decoding times have the gaps of presentation times in another order, so only an even rate can be told by them.
+    if seconds is None or not _even(seconds):
         timeline = timelines.get(path)
         if is_mov and timeline.packets < stored:
             raise MediaError(path, f"is cut off: {timeline.packets} of {stored} frames are there. Copy it again.")
         seconds = timeline.seconds
         fps, variable = _rate(seconds, said)
     count = len(seconds)
+    length = shown_seconds(seconds) or (1 / fps if fps else None)
     width, height = seen_size(frame, aspect)
     orientation = orientation_of(frame)
     return MediaInfo(
-        *("video", width, height, count, fps, count / fps if fps else None, codec, variable),
+        *("video", width, height, count, fps, length, codec, variable),
         rotation=orientation.degrees,
         mirrored=orientation.mirrored,
     )
+
+
+def _even(seconds: NDArray[numpy.float64]) -> bool:
+    """Whether frames follow each other at one rate, but for the rounding of their times."""
+    even = numpy.linspace(seconds[0], seconds[-1], len(seconds))
+    return bool(numpy.abs(seconds - even).max() <= _ROUNDING)
 
 
 def _rate(seconds: NDArray[numpy.float64], said: Fraction | None) -> tuple[float | None, bool]:

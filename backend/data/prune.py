@@ -62,7 +62,7 @@ def _require_complete(ledger: DatasetLedger) -> None:
             f"{where} could not be read completely ({ledger.problems[0].message}), so nobody knows which caches are "
             "left over. Repair it first."
         )
-    if not ledger.sources and ledger.orphans:
+    if not ledger.sources and not ledger.excluded and ledger.orphans:
         raise UserError(
             f"{where} has no sources, so all {len(ledger.orphans)} files in {ledger.cache_directory} look left over. "
             "Check that its folder is connected; delete the caches by hand if they are not wanted."

@@ -46,13 +46,13 @@ class LatentRecipe:
     nabla: Nabla = False
 
     def shared(self, entry: DatasetEntry, item: Item) -> dict[str, str]:
-        """The metadata that is compared; equal for items of equal clip and bucket."""
+        """The metadata that is compared; equal for items of equal clip, bucket and crop."""
         width, height = item.bucket.width, item.bucket.height
         tiling = self.tiling or choose_tiling(width, height, item.frames)
         posterior = f"sample, seed {self.seed}" if self.posterior == "sample" else self.posterior
         facts = {
             "bucket": f"{width}x{height}",
-            "resize": "stretch" if self.nabla == "stretch" else "crop",
+            "resize": _resize_text(item),
             "vae_fingerprint": self.vae,
             "vae_dtype": self.vae_dtype,
             # Without a VAE nobody knows what tiling it was asked for.
@@ -119,12 +119,14 @@ class TextRecipe:
         qwen, clip: fingerprints of the encoders.
         text_dtype: number format of Qwen's arithmetic; "nf4" when it was quantised.
         max_length: token limit; None: the template's own (256 for videos, 512 for images).
+        clip_max_length: token limit of CLIP.
     """
 
     qwen: str | None = None
     clip: str | None = None
     text_dtype: str | None = None
     max_length: int | None = None
+    clip_max_length: int = 77
 
     def shared(self, kind: str) -> dict[str, str]:
         """The metadata that is compared, for the sources of an "image" or a "video" dataset."""
@@ -133,6 +135,7 @@ class TextRecipe:
             "template": template.name,
             "template_hash": text_hash(template.text),
             "max_length": str(self.max_length or template.max_length),
+            "clip_max_length": str(self.clip_max_length),
             "qwen_fingerprint": self.qwen,
             "clip_fingerprint": self.clip,
             "text_dtype": self.text_dtype,
@@ -161,6 +164,11 @@ def frame_rate_text(source_fps: float | str | None) -> str:
     if source_fps is None:
         return "as stored"
     return f"{source_fps if isinstance(source_fps, str) else format(float(source_fps), 'g')} to {TARGET_FPS}"
+
+
+def _resize_text(item: Item) -> str:
+    """With the size before a stretch: another resolution may end in the same bucket."""
+    return "crop" if item.cropped is None else f"crop to {item.cropped.width}x{item.cropped.height}, stretch"
 
 
 def _tiling_text(tiling: Tiling) -> str:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import fnmatch
+import functools
 import json
 import operator
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from backend.data.cache_names import unique_keys
 from backend.data.formats import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from backend.data.pauses import no_collection
 from backend.errors import Problem, UserError
 
 if TYPE_CHECKING:
@@ -61,16 +65,18 @@ class Source(NamedTuple):
 class Scan:
     """What a dataset consists of, sorted by path (JSONL: in the order of its lines).
 
-    `sources` holds those of `missing_captions` too. `problems` are bad lines and folders that cannot be read: with any
-    of them `sources` is not the whole dataset.
+    `sources` holds those of `missing_captions` too, but none of `excluded`, which the configuration leaves out (their
+    cache names stay theirs, so that nothing is renamed when one is left out or taken back). `problems` are bad lines
+    and folders that cannot be read: with any of them `sources` is not the whole dataset.
     """
 
     sources: list[Source] = field(default_factory=list)
     missing_captions: list[Source] = field(default_factory=list)
+    excluded: list[Source] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
-# location, identity, stem, caption_location, caption; a plain tuple, because there may be very many.
+# identity, stem, location, caption_location, caption; a plain tuple, because there may be very many.
 _Found = tuple[str, str, str, str | None, str | None]
 
 
@@ -84,20 +90,45 @@ def scan_dataset(entry: DatasetEntry) -> Scan:
     Raises:
         UserError: the folder or the JSONL file does not exist or cannot be read.
     """
+    with no_collection():
+        return _scan(entry)
+
+
+def _scan(entry: DatasetEntry) -> Scan:
     scan = Scan()
     where = f"datasets[{entry.index}].{entry.kind}"
     if entry.jsonl_file is not None:
         found = _read_jsonl(str(entry.jsonl_file), entry.kind, f"{where}_jsonl_file", scan.problems)
     else:
         found = _walk(entry, f"{where}_directory", scan.problems)
-    names = unique_keys([(item[2], item[1]) for item in found])
+    names = unique_keys((stem, identity) for identity, stem, *_ in found)
     kind = entry.kind
+    # What `Source(...)` does, without a call of a Python function for each.
+    make = functools.partial(tuple.__new__, Source)
     scan.sources = [
-        Source(location, kind, identity, name, caption_location, caption)
-        for (location, identity, _, caption_location, caption), name in zip(found, names, strict=True)
+        make((location, kind, identity, name, caption_location, caption))
+        for (identity, _, location, caption_location, caption), name in zip(found, names, strict=True)
     ]
+    if entry.exclude:
+        out = excluded_identities([source.identity for source in scan.sources], entry.exclude)
+        scan.excluded = [source for source in scan.sources if source.identity in out]
+        scan.sources = [source for source in scan.sources if source.identity not in out]
     scan.missing_captions = [source for source in scan.sources if source[4] is None and source[5] is None]
     return scan
+
+
+def excluded_identities(identities: Sequence[str], exclude: Sequence[str]) -> set[str]:
+    """Those of `identities` that a dataset's `exclude` names or that fit a pattern in it (`*` also takes slashes).
+
+    An entry that is the identity of a source means that source alone: brackets in file names are then no pattern.
+    """
+    known = set(identities)
+    named = known.intersection(exclude)
+    patterns = [entry for entry in exclude if entry not in known and any(letter in entry for letter in "*?[")]
+    if not patterns:
+        return named
+    fits = re.compile("|".join(fnmatch.translate(pattern) for pattern in patterns)).match
+    return named | {identity for identity in known if fits(identity)}
 
 
 def read_caption(source: Source, prefix: str = "") -> str:
@@ -149,13 +180,13 @@ def _walk(entry: DatasetEntry, where: str, problems: list[Problem]) -> list[_Fou
     excluded = {_folder_id(root)}
     if entry.recursive and os.path.abspath(str(entry.cache_directory)) != root:
         excluded.add(_folder_id(str(entry.cache_directory)))
-    suffixes = frozenset(VIDEO_EXTENSIONS if entry.kind == "video" else IMAGE_EXTENSIONS)
+    extensions = VIDEO_EXTENSIONS if entry.kind == "video" else IMAGE_EXTENSIONS
     found: list[_Found] = []
     waiting = [(root, "")]
     while waiting:
         folder, inside = waiting.pop()
         try:
-            children = _list_folder(folder, inside, suffixes, entry.caption_extension or "", found)
+            children = _list_folder(folder, inside, extensions, entry.caption_extension, found)
         except OSError as error:
             if folder == root:
                 raise UserError(f"the folder {root} cannot be read: {error.strerror}. Check it.", where) from error
@@ -168,7 +199,7 @@ def _walk(entry: DatasetEntry, where: str, problems: list[Problem]) -> list[_Fou
                 if identity is not None and identity not in excluded:
                     excluded.add(identity)
                     waiting.append((location, f"{inside}{child}/"))
-    found.sort(key=operator.itemgetter(1))
+    found.sort(key=operator.itemgetter(0))
     return found
 
 
@@ -181,43 +212,30 @@ def _folder_id(folder: str) -> tuple[int, int] | None:
 
 
 def _list_folder(
-    folder: str, inside: str, suffixes: frozenset[str], caption_extension: str, found: list[_Found]
+    folder: str, inside: str, extensions: tuple[str, ...], caption_extension: str, found: list[_Found]
 ) -> list[str]:
-    """Add the media files of one folder to `found`; returns its visible subfolders, sorted.
+    """Add the media files of one folder to `found`, sorted; returns its visible subfolders, sorted.
 
     Nothing but the listing itself is asked of the system: kinds of entries come with it, captions are looked up in it.
     """
-    media: list[tuple[str, int]] = []
-    others: set[str] = set()
+    media: list[str] = []
+    others: list[str] = []
     folders: list[str] = []
-    known: dict[str, bool] = {}
     with os.scandir(folder) as entries:
         for item in entries:
             name = item.name
-            dot = name.rfind(".")
-            if dot <= 0:
-                if dot < 0 and item.is_dir():
-                    folders.append(name)
-                continue
-            suffix = name[dot:]
-            wanted = known.get(suffix)
-            if wanted is None:
-                wanted = known[suffix] = suffix.lower() in suffixes
-            if name[0] == ".":
-                continue
-            if not item.is_file():
-                if item.is_dir():
-                    folders.append(name)
-            elif wanted:
-                media.append((name, dot))
-            else:
-                others.add(name)
+            if item.is_file():
+                (media if name.lower().endswith(extensions) else others).append(name)
+            elif name[0] != "." and item.is_dir():
+                folders.append(name)
+    media.sort()
+    captions = set(others)
     base = os.path.join(folder, "")
-    for name, dot in media:
-        stem = name[:dot]
-        caption = stem + caption_extension
-        location = base + caption if caption in others else None
-        found.append((base + name, inside + name, stem, location, None))
+    for name in media:
+        if name[0] != ".":
+            stem = name[: name.rindex(".")]
+            caption = stem + caption_extension
+            found.append((inside + name, stem, base + name, base + caption if caption in captions else None, None))
     return sorted(folders)
 
 
@@ -280,7 +298,7 @@ def _read_line(raw: bytes, kind: str, base: str) -> _Found | None:
     location = _locate(record, kind, base)
     identity = record[f"{kind}_path"]
     stem = os.path.splitext(os.path.basename(os.path.normpath(location)))[0]
-    return location, identity, stem, None, caption
+    return identity, stem, location, None, caption
 
 
 def _locate(record: dict[str, Any], kind: str, base: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import stat
@@ -21,6 +22,10 @@ class Stamp(NamedTuple):
     inode: int
 
 
+# What `Stamp(...)` does, without the call of a Python function: a ledger asks for hundreds of thousands.
+_MAKE = functools.partial(tuple.__new__, Stamp)
+
+
 def stamp_of(location: str | Path) -> Stamp:
     """The stamp of a file; of a folder (of frames): the sum of the sizes and the latest time of the files in it.
 
@@ -32,7 +37,7 @@ def stamp_of(location: str | Path) -> Stamp:
         parts = [os.stat(file) for file in _frames_of(location)]
         latest = max((part.st_mtime_ns for part in parts), default=0)
         return Stamp(sum(part.st_size for part in parts), latest, status.st_ino)
-    return Stamp(status.st_size, status.st_mtime_ns, status.st_ino)
+    return _MAKE((status.st_size, status.st_mtime_ns, status.st_ino))
 
 
 def content_hash(location: str | Path) -> str:

@@ -50,12 +50,6 @@ class Timeline:
         place = int(numpy.searchsorted(self.keys, tick, side="right"))
         return int(self.keys[place - 1]) if place > 1 else None
 
-    def number_at(self, seconds: float) -> int:
-        """The number of the frame that is on screen at a time; before the first it is 0, after the last the last."""
-        # A time that was computed from this very timeline must find its frame in spite of rounding.
-        tick = self.ticks[0] + round(seconds / float(self.unit) + 1e-6, 6)
-        return max(0, int(numpy.searchsorted(self.ticks, tick, side="right")) - 1)
-
 
 def varies(seconds: NDArray[Any], measured_rate: float) -> bool:
     """Whether some frame is shown more than half a frame away from where the average rate would put it."""

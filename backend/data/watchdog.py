@@ -110,6 +110,14 @@ class MediaReader:
         values = [float(v) if isinstance(v, float | numpy.floating) else int(v) for v in wanted]
         return self._ask(path, {"do": "decode", "wanted": values, "size": scaled, "crop": crop})[0]
 
+    def read_image(self, path: str | Path, scaled: Size | None = None, crop: Box | None = None) -> Pixels:
+        """uint8 [H, W, 3]: `backend.data.images.read_image`, guarded; then scaled and cropped as by `fit_image`.
+
+        Raises:
+            MediaError, Stopped: as for `probe`.
+        """
+        return self._ask(path, {"do": "image", "size": scaled, "crop": crop})[0][0]
+
     def _ask(self, path: str | Path, request: dict[str, Any]) -> tuple[Any, bytes]:
         with self._borrowed(str(path)) as process:
             return process.ask(Path(path), {**request, "path": str(path)})

@@ -22,8 +22,9 @@ from typing import Any, BinaryIO
 
 from backend.data import decode
 from backend.data.formats import MediaError
+from backend.data.images import read_image
 from backend.data.probe import probe
-from backend.data.scaling import Pixels, make_target
+from backend.data.scaling import Pixels, make_target, resize_pixels
 from backend.data.timeline import TimelineCache
 
 HEADER = struct.Struct("<cI")
@@ -73,12 +74,24 @@ def answer(request: dict[str, Any], answers: Answers, timelines: TimelineCache) 
             answers.send_json(b"D", asdict(probe(path, timelines)))
         elif request["do"] == "times":
             answers.send(b"T", timelines.get(path, None, answers.alive).seconds.tobytes())
+        elif request["do"] == "image":
+            _read_image(path, request, answers)
         else:
             _decode(path, request, answers, timelines)
     except MediaError as error:
         answers.send_json(b"E", {"path": str(error.path), "reason": error.reason})
     except MemoryError:
         answers.send_json(b"E", {"path": str(path), "reason": "needs more memory than there is. Scale it down."})
+
+
+def _read_image(path: Path, request: dict[str, Any], answers: Answers) -> None:
+    pixels = read_image(path)
+    target = make_target(request["size"], request["crop"])
+    if target is not None:
+        pixels = resize_pixels(pixels, target)
+    answers.send_json(b"S", [1, *pixels.shape])
+    answers.send(b"P", picture_payload([0], pixels))
+    answers.send_json(b"D", None)
 
 
 def _decode(path: Path, request: dict[str, Any], answers: Answers, timelines: TimelineCache) -> None:

@@ -42,6 +42,9 @@ class Fold:
     remaining_seconds: float | None = None
     item: int | None = None
     items: int | None = None
+    item_name: str = ""
+    dataset: int | None = None
+    unit: str = ""
     terminal: str | None = None
     error: str = ""
     problems: list[dict[str, str | None]] = field(default_factory=list)
@@ -83,8 +86,8 @@ def _started(fold: Fold, record: dict[str, Any], moment: float) -> None:
     fold.pid = whole_number(record.get("pid"))
     fold.started = moment
     fold.entry, fold.task = _text(record, "entry"), _text(record, "task")
-    fold.phase = fold.message = fold.error = ""
-    fold.step = fold.total = fold.item = fold.items = None
+    fold.phase = fold.message = fold.error = fold.item_name = fold.unit = ""
+    fold.step = fold.total = fold.item = fold.items = fold.dataset = None
     fold.seconds_per_step = fold.remaining_seconds = fold.seconds = fold.terminal = None
     fold.problems, fold.finished_outputs = [], []
 
@@ -92,7 +95,8 @@ def _started(fold: Fold, record: dict[str, Any], moment: float) -> None:
 def _phase(fold: Fold, record: dict[str, Any], _: float) -> None:
     fold.phase = _text(record, "phase") or fold.phase
     fold.message = _text(record, "message")
-    fold.step = fold.total = fold.seconds_per_step = fold.remaining_seconds = None
+    fold.step = fold.total = fold.seconds_per_step = fold.remaining_seconds = fold.dataset = None
+    fold.item_name = fold.unit = ""
 
 
 def _progress(fold: Fold, record: dict[str, Any], _: float) -> None:
@@ -102,6 +106,8 @@ def _progress(fold: Fold, record: dict[str, Any], _: float) -> None:
     rate = number(record.get("rate"))
     fold.seconds_per_step = 1.0 / rate if rate is not None and rate > 1e-9 else None
     fold.remaining_seconds = number(record.get("remaining_seconds"))
+    fold.item_name, fold.unit = _text(record, "item"), _text(record, "unit")
+    fold.dataset = whole_number(record.get("dataset"))
 
 
 def _step(fold: Fold, record: dict[str, Any], _: float) -> None:

@@ -29,6 +29,7 @@ ENTRIES = {
     "train": "kandinsky5_train_network",
     "cache_latents": "kandinsky5_cache_latents",
     "cache_text": "kandinsky5_cache_text_encoder_outputs",
+    "check_dataset": "kandinsky5_check_dataset",
 }
 PROJECT_ROOT = Path(__file__).resolve().parent.parent.parent
 _MODULE_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")

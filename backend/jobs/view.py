@@ -46,7 +46,8 @@ class RunView:
     the run's `sample` records in their order (`path` relative to the run folder if it lies inside). `stalled_seconds`
     is the time since the engine last did something other than a heartbeat, for a live run. `gap` tells that records are
     missing or unreadable; `log_tail` is filled for crashes, interruptions, failed and slow starts. `seed` and `prompt`
-    are those of the last sample, before it those of options.toml (a seed of -1 is not known yet).
+    are those of the last sample, before it those of options.toml (a seed of -1 is not known yet). `step` and `total`
+    count things of `unit` ("" for denoising steps); `item_name` is the one at work, `dataset` its [[datasets]] table.
     """
 
     id: str
@@ -65,6 +66,9 @@ class RunView:
     remaining_seconds: float | None
     item: int | None
     items: int | None
+    item_name: str
+    dataset: int | None
+    unit: str
     message: str
     problems: list[dict[str, str | None]]
     outputs: list[dict[str, Any]]
@@ -174,6 +178,9 @@ def _view(run: Run) -> RunView:
         remaining_seconds=fold.remaining_seconds if state.alive else None,
         item=fold.item,
         items=fold.items,
+        item_name=fold.item_name,
+        dataset=fold.dataset,
+        unit=fold.unit,
         message=_message(state, reason, facts, fold),
         problems=fold.problems if fold.terminal == "error" else [],
         outputs=fold.samples,

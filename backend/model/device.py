@@ -38,6 +38,25 @@ def resolve_device(name: str | None = None) -> torch.device:
     return torch.device(name)
 
 
+def device_of_process(name: str | None, local_rank: int, *, cpu_only: bool = False) -> torch.device:
+    """The device of one of several processes on this machine: its own GPU, unless `name` says exactly which.
+
+    Args:
+        name: as for `resolve_device`.
+        local_rank: the number of the process on this machine, from 0.
+        cpu_only: whoever started the processes wants no GPU; a `name` is stronger.
+
+    Raises:
+        UserError: as `resolve_device`, or there are more processes than GPUs.
+    """
+    if name is None and cpu_only:
+        return torch.device("cpu")
+    device = resolve_device(name)
+    if device.type == "cuda" and device.index is None:
+        return resolve_device(f"cuda:{local_rank}")
+    return device
+
+
 def _device_count(kind: str) -> int:
     if kind == "cuda":
         return torch.cuda.device_count() if torch.cuda.is_available() else 0

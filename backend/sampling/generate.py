@@ -23,10 +23,10 @@ from backend.config.tasks import TASKS, latent_frames
 from backend.errors import EngineError, K5Error, Problems, Stopped, UserError
 from backend.model.attention import resolve_attention
 from backend.model.device import empty_cache, resolve_device, resolve_dtype
+from backend.progress import Reporter, StepMeter, StopRequest
 from backend.sampling.condition import GivenFrames, fit_image, load_image, normalise_first_frames
 from backend.sampling.denoise import TextCondition, denoise
 from backend.sampling.outputs import read_latent
-from backend.sampling.progress import Reporter, StepMeter, StopRequest
 from backend.sampling.save import save_clip
 from backend.sampling.schedule import draw_noise, seeded_generator, sigma_grid
 from backend.sampling.settings import clip_settings, loras_record, weights_record

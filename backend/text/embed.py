@@ -109,17 +109,17 @@ def _encode_clip(
     from backend.text.encoders import CLIP_TOKENS, ClipEncoder
 
     results: dict[str, PromptEmbeds] = {}
-    with _memory_of(CLIP, device):
+    with memory_of(CLIP, device):
         report("Loading CLIP", 0, len(prompts))
         encoder = ClipEncoder(files, device=device)
         for count, prompt in enumerate(prompts, 1):
             warnings: tuple[str, ...] = ()
             if removed := encoder.removed(prompt):
                 warnings = (
-                    f"CLIP reads only {CLIP_TOKENS} tokens; {removed} at the end of the prompt {_short(prompt)} "
+                    f"CLIP reads only {CLIP_TOKENS} tokens; {removed} at the end of the prompt {short(prompt)} "
                     "do not reach it. Qwen2.5-VL reads on.",
                 )
-            pooled = _require_numbers(encoder.encode(prompt), CLIP, prompt)
+            pooled = require_numbers(encoder.encode(prompt), CLIP, prompt)
             results[prompt] = PromptEmbeds(torch.empty(0), pooled, warnings)
             report("Encoding prompts with CLIP", count, len(prompts))
         del encoder
@@ -136,13 +136,13 @@ def _encode_qwen(
 ) -> Iterator[tuple[str, PromptEmbeds]]:
     from backend.text.encoders import QwenEncoder
 
-    with _memory_of(QWEN, device):
+    with memory_of(QWEN, device):
         report("Loading Qwen2.5-VL", 0, len(prompts))
         encoder = QwenEncoder(files, key.template, device=device, dtype=key.dtype)
         for count, prompt in enumerate(prompts, 1):
             tokens = encoder.tokenise(prompt, key.max_length)
             # One at a time: the stored result must not depend on which prompts happened to be encoded with it.
-            text = _require_numbers(next(encoder.encode([tokens])), QWEN, prompt)
+            text = require_numbers(next(encoder.encode([tokens])), QWEN, prompt)
             warnings = [*encoder.warnings, *pooled[prompt].warnings]
             if tokens.removed:
                 warnings.append(_cut_warning(prompt, tokens.kept, tokens.removed, key.template))
@@ -153,19 +153,25 @@ def _encode_qwen(
 
 def _cut_warning(prompt: str, kept: int, removed: int, template: PromptTemplate) -> str:
     return (
-        f"The prompt {_short(prompt)} has {kept + removed} tokens; only the first {kept} fit into the "
+        f"The prompt {short(prompt)} has {kept + removed} tokens; only the first {kept} fit into the "
         f"{template.name} template. Shorten it, or the rest has no effect."
     )
 
 
-def _short(prompt: str) -> str:
+def short(prompt: str) -> str:
+    """The beginning of a prompt in quotes, for messages."""
     return repr(prompt if len(prompt) <= 60 else f"{prompt[:57]}...")
 
 
-def _require_numbers(tensor: torch.Tensor, kind: EncoderKind, prompt: str) -> torch.Tensor:
+def require_numbers(tensor: torch.Tensor, kind: EncoderKind, prompt: str) -> torch.Tensor:
+    """`tensor`, which `kind` made of `prompt`.
+
+    Raises:
+        EngineError: phase "text"; it holds values that are not numbers.
+    """
     if not is_finite(tensor):
         raise EngineError(
-            f"{kind.label} gave values that are not numbers for the prompt {_short(prompt)}. Its weights are probably "
+            f"{kind.label} gave values that are not numbers for the prompt {short(prompt)}. Its weights are probably "
             "damaged; get them again.",
             "text",
         )
@@ -173,7 +179,7 @@ def _require_numbers(tensor: torch.Tensor, kind: EncoderKind, prompt: str) -> to
 
 
 @contextmanager
-def _memory_of(kind: EncoderKind, device: torch.device) -> Iterator[None]:
+def memory_of(kind: EncoderKind, device: torch.device) -> Iterator[None]:
     """Give back the memory of the encoder that the block has used, and name the encoder when memory runs out."""
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from backend.errors import EngineError, UserError
+from backend.text.four_bit import make_four_bit
 from backend.text.locate import EncoderFiles
 from backend.text.templates import PromptTemplate
 from backend.text.weights import StoredTensor, check_tensors, fill_module, list_tensors
@@ -39,23 +41,46 @@ class QwenEncoder:
     """
 
     def __init__(
-        self, files: EncoderFiles, template: PromptTemplate, *, device: torch.device, dtype: torch.dtype
+        self,
+        files: EncoderFiles,
+        template: PromptTemplate,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        quantised: bool = False,
     ) -> None:
         """Load the encoder: `dtype` float32 or bfloat16 for weights, arithmetic and result.
 
+        With `quantised` the weights of its Linears are 4-bit numbers (nf4) and only the arithmetic is in `dtype`.
+
         Raises:
-            UserError: tokenizer or weights are damaged, incomplete, or not of this kind of model.
+            UserError: tokenizer or weights are damaged, incomplete, or not of this kind of model; bitsandbytes is
+                missing for `quantised`.
         """
-        self.template = template
+        self.files = files
         self.field = files.kind.field
-        self.warnings: list[str] = []
         self.tokenizer = load_tokenizer(files)
-        self.prefix_ids = self._ids(template.prefix)
-        self.suffix_ids = self._ids(template.suffix)
-        self._check_template(files)
-        self.model = _build_qwen(files, device, dtype)
+        self._use(template)
+        self.model = _build_qwen(files, device, dtype, quantised)
         self.device = device
         _check_vocabulary(len(self.tokenizer), self.model.config.vocab_size, files)
+
+    def with_template(self, template: PromptTemplate) -> QwenEncoder:
+        """The same encoder for another template; both share the weights.
+
+        Raises:
+            UserError: the tokenizer does not know the template's end.
+        """
+        other = copy.copy(self)
+        other._use(template)
+        return other
+
+    def _use(self, template: PromptTemplate) -> None:
+        self.template = template
+        self.warnings: list[str] = []
+        self.prefix_ids = self._ids(template.prefix)
+        self.suffix_ids = self._ids(template.suffix)
+        self._check_template(self.files)
 
     @property
     def crop(self) -> int:
@@ -118,28 +143,32 @@ class QwenEncoder:
 
 
 class ClipEncoder:
-    """CLIP's text model as Kandinsky 5 uses it: raw prompt, 77 tokens, vector at the end token, no projection."""
+    """CLIP's text model as Kandinsky 5 uses it: raw prompt, 77 tokens, vector at the end token, no projection.
 
-    def __init__(self, files: EncoderFiles, *, device: torch.device) -> None:
-        """Load the encoder in float32, whatever format the files have.
+    With a smaller `max_length` (start and end token included) it reads fewer tokens than the model was made for.
+    """
+
+    def __init__(self, files: EncoderFiles, *, device: torch.device, max_length: int = CLIP_TOKENS) -> None:
+        """Load the encoder in float32, whatever format the files have; `max_length` is 3 to 77.
 
         Raises:
             UserError: tokenizer or weights are damaged, incomplete, or not of this kind of model.
         """
+        self.max_length = max_length
         self.tokenizer = load_tokenizer(files)
         self.model = _build_clip(files, device)
         self.device = device
         _check_vocabulary(len(self.tokenizer), self.model.config.vocab_size, files)
 
     def removed(self, prompt: str) -> int:
-        """How many of the prompt's tokens do not fit into the 77 that CLIP reads."""
-        return max(0, len(self.tokenizer(prompt, verbose=False)["input_ids"]) - CLIP_TOKENS)
+        """How many of the prompt's tokens do not fit into those that CLIP reads."""
+        return max(0, len(self.tokenizer(prompt, verbose=False)["input_ids"]) - self.max_length)
 
     @torch.no_grad()
     def encode(self, prompt: str) -> torch.Tensor:
         """The pooled vector of `prompt`: float32 [D] on the CPU."""
         inputs = self.tokenizer(
-            [prompt], padding="max_length", max_length=CLIP_TOKENS, truncation=True, return_tensors="pt"
+            [prompt], padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
         )
         outputs = self.model(
             input_ids=inputs["input_ids"].to(self.device), attention_mask=inputs["attention_mask"].to(self.device)
@@ -168,7 +197,7 @@ def load_tokenizer(files: EncoderFiles) -> Any:
     return tokenizer
 
 
-def _build_qwen(files: EncoderFiles, device: torch.device, dtype: torch.dtype) -> Any:
+def _build_qwen(files: EncoderFiles, device: torch.device, dtype: torch.dtype, quantised: bool) -> Any:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
@@ -181,6 +210,8 @@ def _build_qwen(files: EncoderFiles, device: torch.device, dtype: torch.dtype) -
     model = _empty_model(files, tensors, text_config, Qwen2_5_VLTextModel)
     _check(model, tensors, files)
     model.rotary_emb = type(model.rotary_emb)(config=model.config)  # its tables are computed, not stored
+    if quantised:
+        make_four_bit(model, dtype, files.kind.label)
     return _finish(model, tensors, files, device, dtype)
 
 

@@ -75,13 +75,32 @@ def locate_encoder(location: str | Path, kind: EncoderKind) -> EncoderFiles:
     Raises:
         UserError: nothing is there, files are missing, or the weights are not safetensors of this kind of model.
     """
+    root = _folder(location, kind)
+    return _files_in(root if root is not None else _from_hub(str(location), kind), kind)
+
+
+def find_encoder(location: str | Path, kind: EncoderKind) -> EncoderFiles | None:
+    """`locate_encoder` without the network: None for a hub model that is not complete on this machine.
+
+    Raises:
+        UserError: as `locate_encoder`.
+    """
+    root = _folder(location, kind)
+    if root is None:
+        root = _from_hub_cache(_hub_name(str(location), kind), kind)
+    return _files_in(root, kind) if root is not None else None
+
+
+def _folder(location: str | Path, kind: EncoderKind) -> Path | None:
     root = Path(location).expanduser()
     if root.is_file():
         raise UserError(
             f"{root} is a file. Give the folder that holds it, its config.json and its tokenizer.", kind.field
         )
-    if not root.is_dir():
-        root = _from_hub(str(location), kind)
+    return root if root.is_dir() else None
+
+
+def _files_in(root: Path, kind: EncoderKind) -> EncoderFiles:
     model = _model_folder(root, kind)
     if model is None:
         raise UserError(f"{root} has no config.json. Give the folder of a {kind.label} model.", kind.field)
@@ -186,24 +205,36 @@ def _is_complete(folder: Path, kind: EncoderKind) -> bool:
         return False
 
 
-def _from_hub(name: str, kind: EncoderKind) -> Path:
-    """The local folder of a hub model: from the hub cache when it is complete there, else fetched into it."""
+def _hub_name(name: str, kind: EncoderKind) -> str:
     if not _HUB_NAME.fullmatch(name):
         raise UserError(
             f"{name} does not exist. Give a folder with a {kind.label} model, or a hub name such as {kind.example}.",
             kind.field,
         )
+    return name
+
+
+def _from_hub_cache(name: str, kind: EncoderKind) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        cached = Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return cached if _is_complete(cached, kind) else None
+
+
+def _from_hub(name: str, kind: EncoderKind) -> Path:
+    """The local folder of a hub model: from the hub cache when it is complete there, else fetched into it."""
+    cached = _from_hub_cache(_hub_name(name, kind), kind)
+    if cached is not None:
+        return cached
     import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     failures = (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError)
-    try:
-        cached = Path(snapshot_download(name, local_files_only=True))
-        if _is_complete(cached, kind):
-            return cached
-    except (LocalEntryNotFoundError, HFValidationError):
-        pass  # not in the cache: ask the hub
     try:
         # Only the top folder first: below it a diffusers repository keeps tens of gigabytes of other models.
         patterns = ["*.safetensors", "*.json", "*.txt"]

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from backend.errors import UserError
+from backend.text.four_bit import is_four_bit, quantise_weight
 
 _FLOATS = {"F32", "F16", "BF16"}
 
@@ -82,7 +83,8 @@ def fill_module(
 ) -> None:
     """Replace the parameters of `module` (built on the meta device) by `tensors` in `dtype` on `device`, frozen.
 
-    At most one tensor exists twice at a time. Call `check_tensors` first.
+    Weights of four-bit Linears are quantised on `device`. At most one tensor exists twice at a time. Call
+    `check_tensors` first.
     """
     by_file: dict[Path, list[str]] = {}
     for target, stored in tensors.items():
@@ -91,8 +93,13 @@ def fill_module(
         try:
             with safe_open(file, framework="pt") as handle:
                 for target in targets:
-                    value = handle.get_tensor(tensors[target].name).to(device=device, dtype=dtype)
+                    value = handle.get_tensor(tensors[target].name)
                     owner, _, leaf = target.rpartition(".")
-                    setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+                    layer = module.get_submodule(owner)
+                    if leaf == "weight" and is_four_bit(layer):
+                        setattr(layer, leaf, quantise_weight(value, device))
+                    else:
+                        value = value.to(device=device, dtype=dtype)
+                        setattr(layer, leaf, nn.Parameter(value, requires_grad=False))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} could not be read to its end ({error}). Get it again.", field) from error

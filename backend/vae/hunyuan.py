@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from torch import nn
 
 from backend.config.checkpoint import identify
 from backend.errors import EngineError, UserError
-from backend.files import fingerprint
+from backend.vae.locate import locate_vae
 from backend.vae.tiling import SPATIAL_FACTOR, TEMPORAL_FACTOR, Tiling, latent_frames, pixel_frames
 
 _FIELD = "vae"
@@ -142,8 +140,8 @@ def load_vae(path: str | Path, *, device: torch.device, dtype: torch.dtype, tili
     Raises:
         UserError: field "vae"; nothing is there, it is another kind of model, or it is damaged.
     """
-    weights, config_file = _locate(Path(path).expanduser())
-    config = _read_config(config_file) if config_file else {}
+    found = locate_vae(path)
+    weights, config_file, config = found
     _refuse_other_models(weights, config)
     model = _empty_model(config, config_file)
     try:
@@ -153,46 +151,8 @@ def load_vae(path: str | Path, *, device: torch.device, dtype: torch.dtype, tili
     state = _without_prefix(state)
     _check_state(model, state, weights)
     model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in state.items()}, assign=True)
-    described = json.dumps(config, sort_keys=True) + fingerprint(weights)
     model.requires_grad_(False).eval()
-    return Vae(model, tiling=tiling, config_fingerprint=hashlib.sha256(described.encode("utf-8")).hexdigest()[:16])
-
-
-def _locate(path: Path) -> tuple[Path, Path | None]:
-    """The weights file and the configuration beside it, if there is one."""
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise UserError(
-                f"{path} is not a .safetensors file; other formats can run code and are not loaded.", _FIELD
-            )
-        config = path.parent / "config.json"
-        return path, config if _is_vae_config(config) else None
-    if not path.is_dir():
-        raise UserError(f"{path} does not exist. Give a .safetensors file or a folder with a HunyuanVideo VAE.", _FIELD)
-    for folder in (path / "vae", path):
-        found = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-        named = [file for file in found if file.name == "diffusion_pytorch_model.safetensors"]
-        if len(found) == 1 or named:
-            config = folder / "config.json"
-            return (named or found)[0], config if config.is_file() else None
-        if found:
-            raise UserError(f"{folder} has several .safetensors files. Give the file of the VAE.", _FIELD)
-    raise UserError(f"{path} has no .safetensors file, nor has its vae subfolder. Give the file of the VAE.", _FIELD)
-
-
-def _is_vae_config(config: Path) -> bool:
-    """Whether the config.json beside a single file belongs to a VAE; in a mixed folder it may be of another model."""
-    return config.is_file() and "latent_channels" in _read_config(config)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}. Get the VAE again.", _FIELD) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object. Get the VAE again.", _FIELD)
-    return content
+    return Vae(model, tiling=tiling, config_fingerprint=found.fingerprint())
 
 
 def _refuse_other_models(weights: Path, config: dict[str, Any]) -> None:

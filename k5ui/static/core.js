@@ -50,6 +50,7 @@
     moon: "M16 12A7 7 0 0 1 8 4a6.5 6.5 0 1 0 8 8z",
     auto: "M10 3a7 7 0 1 0 0 14zM10 3a7 7 0 0 1 0 14",
   };
+  K5.shapes = SHAPES; // other scripts add theirs
   K5.icon = (name) => {
     const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
     svg.setAttribute("viewBox", "0 0 20 20");
@@ -110,8 +111,23 @@
   K5.stateName = (state) => K5.t("js.state." + state);
   K5.running = (state) => ["starting", "running", "not_responding", "stopping"].includes(state);
   K5.percent = (run) => (run && run.total ? Math.min(100, (100 * (run.step || 0)) / run.total) : 0);
+  K5.phaseName = (run) => {
+    const texts = K5.texts || {};
+    return (K5.caches(run) && texts["js.caching.phase." + run.phase]) || texts["js.phase." + run.phase] || run.message || K5.stateName(run.state);
+  };
+  // How fast things are done that are counted, not stepped through.
+  K5.perSecond = (seconds) => (seconds < 1 ? t1("js.per_second", (1 / seconds).toFixed(seconds < 0.1 ? 0 : 1)) : t1("js.each", seconds.toFixed(1)));
+  const t1 = (key, n) => K5.t(key, { n });
+  K5.caches = (run) => run.kind === "cache_latents" || run.kind === "cache_text";
   K5.progressText = (run) => {
     const parts = [];
+    if (K5.caches(run)) {
+      if (!run.total) return run.state === "running" ? K5.phaseName(run) : "";
+      parts.push(K5.t("js.caching.of", { n: run.step || 0, total: run.total }));
+      if (K5.running(run.state) && run.seconds_per_step) parts.push(K5.perSecond(run.seconds_per_step));
+      if (run.remaining_seconds) parts.push(K5.t("js.left", { time: K5.seconds(run.remaining_seconds) }));
+      return parts.join(" · ");
+    }
     if (run.phase && run.phase !== "denoise") return run.message || "";
     if (run.total) parts.push(K5.t("js.step", { step: run.step || 0, total: run.total }));
     if (run.seconds_per_step) parts.push(K5.t("js.rate", { n: K5.rate(run.seconds_per_step) }));

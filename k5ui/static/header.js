@@ -49,12 +49,16 @@
       job.disabled = !run;
       K5.toggle(job, "on", run);
       bar.style.width = K5.percent(run) + "%";
-      set(jobText, run ? [(run.phase === "denoise" && K5.progressText(run)) || phase(run), run.title].filter(Boolean).join(" · ") : t("js.idle"));
+      set(jobText, run ? doing(run).filter(Boolean).join(" · ") : t("js.idle"));
       const waiting = (status.queue || []).length;
       set(queue, waiting ? t("js.waiting", { n: waiting }) : "");
       set(device, deviceText(status.device || {}));
     };
-    const phase = (run) => (run.phase && run.state === "running" ? t("js.phase." + run.phase) : K5.stateName(run.state));
+    const phase = (run) => (run.phase && run.state === "running" ? K5.phaseName(run) : K5.stateName(run.state));
+    const doing = (run) => {
+      if (run.kind === "generate") return [(run.phase === "denoise" && K5.progressText(run)) || phase(run), run.title];
+      return [t("js.kind." + run.kind), (run.state === "running" && K5.progressText(run)) || phase(run), run.item_name || run.title];
+    };
     const deviceText = (value) => {
       const parts = [value.name || ""];
       if (value.memory_total) {

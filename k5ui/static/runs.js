@@ -25,13 +25,14 @@
     const fill = (row, run) => {
       set(row.cells.kind, t("js.kind." + run.kind));
       set(row.link, run.title || run.prompt || run.id);
+      if (K5.caches(run)) row.link.dataset.kind = t("js.kind." + run.kind) + ": ";
       row.link.title = run.prompt || "";
       if (row.state !== run.state) {
         row.state = run.state;
         row.cells.state.replaceChildren(chip(run.state));
       }
       row.bar.style.width = (run.state === "finished" ? 100 : K5.percent(run)) + "%";
-      set(row.text, K5.running(run.state) ? K5.progressText(run) : run.total ? t("js.step", { step: run.step || 0, total: run.total }) : "");
+      set(row.text, K5.running(run.state) || K5.caches(run) ? K5.progressText(run) : run.total ? t("js.step", { step: run.step || 0, total: run.total }) : "");
       set(row.cells.started, K5.moment(run.started || run.created));
       set(row.cells.took, K5.seconds(run.seconds));
     };
@@ -133,7 +134,7 @@
       const mark = JSON.stringify([run.state, run.outputs, run.problems, run.warnings, run.message]);
       if (mark === drawn) return;
       drawn = mark;
-      head.replaceChildren(el("strong.k5-clip-text", {}, run.title || run.prompt || run.id), chip(run.state),
+      head.replaceChildren(el("strong.k5-clip-text", {}, (K5.caches(run) ? t("js.kind." + run.kind) + ": " : "") + (run.title || run.prompt || run.id)), chip(run.state),
         K5.button("", () => actions.close(), { icon: "close", kind: "plain", title: t("js.close") }));
       if (state !== run.state) drawTools(run);
       state = run.state;
@@ -163,7 +164,8 @@
         const run = await K5.get("runs/" + encodeURIComponent(asked));
         if (asked !== id) return;
         drawOnce(run);
-        set(live, K5.running(run.state) ? [run.phase ? t("js.phase." + run.phase) : K5.stateName(run.state), K5.progressText(run)].filter(Boolean).join(" · ") : "");
+        const doing = [run.phase ? K5.phaseName(run) : K5.stateName(run.state), run.total || !K5.caches(run) ? K5.progressText(run) : "", run.item_name];
+        set(live, K5.running(run.state) ? doing.filter(Boolean).join(" · ") : "");
         bar.style.width = (run.state === "finished" ? 100 : K5.percent(run)) + "%";
         let page = await K5.get("runs/" + encodeURIComponent(asked) + "/log?offset=" + (offset || -65536));
         for (let round = 0; asked === id && round < 8; round += 1) {

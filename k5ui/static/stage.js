@@ -114,6 +114,7 @@
     return { box, show };
   };
   const phaseText = (run) => {
+    if (run.kind !== "generate") return t("js.kind." + run.kind) + ": " + run.title;
     const key = "js.phase." + run.phase;
     const text = t(key);
     return text !== key ? text : run.message || K5.stateName(run.state);
@@ -247,7 +248,7 @@
       if (!status) return;
       running = status.running;
       live.show(running);
-      screen.hint(running);
+      screen.hint(running && running.kind === "generate" ? running : null);
       const mark = JSON.stringify([status.version, running && running.id, running && running.state, running && (running.outputs || []).length, status.queue]);
       if (mark !== seen && K5.shown(root)) {
         seen = mark;

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from k5ui.text import en, ru
+from k5ui.text import caching_en, caching_ru, dataset_en, dataset_ru, en, ru
 
 Component = TypeVar("Component")
 
-LANGUAGES: dict[str, Mapping[str, str]] = {"en": en.TEXTS, "ru": ru.TEXTS}
+LANGUAGES: dict[str, Mapping[str, str]] = {
+    "en": en.TEXTS | dataset_en.TEXTS | caching_en.TEXTS,
+    "ru": ru.TEXTS | dataset_ru.TEXTS | caching_ru.TEXTS,
+}
 HELP: dict[str, Mapping[str, str]] = {"en": {}, "ru": ru.HELP}
 
 

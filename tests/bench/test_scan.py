@@ -11,12 +11,12 @@ from statistics import median
 
 import pytest
 
-from backend.data import ledger_index
 from backend.data.cache_files import write_latent_cache
 from backend.data.cache_names import unconditional_cache_name
 from backend.data.formats import IMAGE_EXTENSIONS
 from backend.data.items import MediaFacts, build_items, source_stamp
 from backend.data.ledger import check_dataset
+from backend.data.ledger_index import LedgerIndex
 from backend.data.scan import Source, scan_dataset
 from backend.data.stamps import Stamp, content_hash
 from tests.unit.data.dataset_folder import LATENTS, TEXT, cache_text, latent_tensors, make_entry
@@ -26,10 +26,11 @@ COUNT = int(os.environ.get("K5_BENCH_SOURCES", "100000"))
 ROUNDS = 3
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def _seconds(run: Callable[[], object]) -> tuple[float, float]:
+    """(seconds by the clock, seconds of processor time of this process): others may use the machine meanwhile."""
+    start, used = time.perf_counter(), time.process_time()
     run()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - used
 
 
 def _write(path: str, data: bytes) -> None:
@@ -80,23 +81,26 @@ def test_scan_beside_glob_and_stat(tmp_path: Path) -> None:
         "one pathlib glob, stat": lambda: _glob_once(folder),
     }
     rounds = [{name: _seconds(run) for name, run in runs.items()} for _ in range(ROUNDS)]
-    times = {name: median(one[name] for one in rounds) for name in runs}
-    ours = times["scan_dataset"]
-    print(f"\n| {COUNT:,} files with captions | seconds | times ours |\n|---|---|---|")
-    for name, seconds in times.items():
-        print(f"| {name} | {seconds:.2f} | {seconds / ours:.1f} |")
+    clock = {name: median(one[name][0] for one in rounds) for name in runs}
+    processor = {name: median(one[name][1] for one in rounds) for name in runs}
+    ours, ours_processor = clock["scan_dataset"], processor["scan_dataset"]
+    print(f"\n| {COUNT:,} files with captions | clock s | processor s | times ours, clock | processor |")
+    print("|---|---|---|---|---|")
+    for name, seconds in clock.items():
+        used = processor[name]
+        print(f"| {name} | {seconds:.2f} | {used:.2f} | {seconds / ours:.1f} | {used / ours_processor:.1f} |")
     print("target: at least 5 times")
+    assert min(used for name, used in processor.items() if name != "scan_dataset") > 3 * ours_processor
 
 
 def _look(source: Source) -> tuple[Stamp, MediaFacts]:
     return source_stamp(source), MediaFacts(80, 60, 1, 0.0, 0.0, False)
 
 
-def test_ledger_of_valid_items(tmp_path: Path, monkeypatch) -> None:
+def test_ledger_of_valid_items(tmp_path: Path) -> None:
     """Every item has a latent and a text cache; each run starts with the index on disk and asks for every stamp."""
     entry = make_entry(tmp_path)
     _fill(str(tmp_path / "source"))
-    monkeypatch.setattr(ledger_index, "look_at", _look)
     items = build_items(entry, scan_dataset(entry).sources, look=_look).items
     cache = tmp_path / "cache"
     first = items[0]
@@ -113,7 +117,11 @@ def test_ledger_of_valid_items(tmp_path: Path, monkeypatch) -> None:
         assert len(new) == len(old)
         _write(str(cache / item.latent_name), latent.replace(old, new))
         _write(str(cache / item.text_name), text)
-    cold = _seconds(lambda: check_dataset(entry, latents=LATENTS, text=TEXT))
+    index = LedgerIndex(cache)
+    for item in items:
+        index.remember(item.source, (item.stamp, item.media))
+    index.save()
+    cold, _ = _seconds(lambda: check_dataset(entry, latents=LATENTS, text=TEXT))
     warm, processor = [], []
     for _ in range(5):
         start, used = time.perf_counter(), time.process_time()
@@ -124,7 +132,10 @@ def test_ledger_of_valid_items(tmp_path: Path, monkeypatch) -> None:
         assert ledger.latent_states["valid"] == COUNT
         assert ledger.text_states["valid"] == COUNT + 1
         del ledger
+    paths = [str(cache / item.latent_name) for item in items]
+    stats = 4 * _seconds(lambda: [os.stat(path) for path in paths])[1]
     print(f"\n| ledger of {COUNT:,} items, {2 * COUNT:,} caches | seconds |\n|---|---|")
     print(f"| first look, every header read | {cold:.2f} |\n| warm, median of 5 | {median(warm):.2f} |")
     print(f"| warm, best | {min(warm):.2f} |\n| warm, processor time, median | {median(processor):.2f} |")
+    print(f"| processor time of the {4 * COUNT:,} questions for stamps alone | {stats:.2f} |")
     print("target: under 3 s for 100,000 items, warm")

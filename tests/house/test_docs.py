@@ -15,13 +15,17 @@ def test_the_page_is_current(capsys: pytest.CaptureFixture[str]) -> None:
 def test_check_notices_an_old_page(monkeypatch, tmp_path, capsys) -> None:
     old = tmp_path / "options.md"
     monkeypatch.setattr(docs, "OPTIONS_PAGE", old)
+    monkeypatch.setattr(docs, "DATASET_PAGE", tmp_path / "dataset.md")
     assert docs.main(["--check"]) == 1
     assert "make docs" in capsys.readouterr().err
-    assert not old.exists()
+    assert not list(tmp_path.iterdir())
     assert docs.main([]) == 0
     assert docs.main(["--check"]) == 0
-    old.write_text(old.read_text("utf-8").replace("--steps", "--stesp"), encoding="utf-8")
-    assert docs.main(["--check"]) == 1
+    for page in tmp_path.iterdir():
+        text = page.read_text("utf-8")
+        page.write_text(text.replace("e", "a", 1), encoding="utf-8")
+        assert docs.main(["--check"]) == 1
+        page.write_text(text, encoding="utf-8")
 
 
 @pytest.mark.parametrize("module", list(docs.TOOLS))
@@ -46,7 +50,7 @@ def test_every_option_has_one_sentence_of_help(module: str) -> None:
 def test_the_tables_are_well_formed() -> None:
     """A stray pipe in a help text would shift every cell after it."""
     width = 0
-    for line in docs.options_page().splitlines():
+    for line in (*docs.options_page().splitlines(), *docs.dataset_page().splitlines()):
         cells = line.replace("\\|", "").count("|")
         if not line.startswith("|"):
             width = 0

@@ -13,9 +13,9 @@ from PIL import Image
 
 from backend.config.generate import GenerateOptions
 from backend.events import NullJournal
+from backend.progress import Reporter
 from backend.sampling.generate import generate
 from backend.sampling.outputs import read_latent
-from backend.sampling.progress import Reporter
 from tests.integration.diffusers_oracle import Oracle, build_oracle, official_sigmas
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")

@@ -21,11 +21,11 @@ from backend.config.metadata import read_settings
 from backend.config.tasks import DEMO_WEIGHTS
 from backend.events import read_events
 from backend.files import fingerprint
+from backend.progress import StepMeter
 from backend.sampling import generate as generate_module
 from backend.sampling import transformer as transformer_module
 from backend.sampling.condition import normalise_first_frames
 from backend.sampling.outputs import read_latent
-from backend.sampling.progress import StepMeter
 from tests.integration.command import TINY, Run, run_command
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")

@@ -51,6 +51,7 @@ COMMON_VALUES = {
     "caption_prefix": "sks, ",
     "caption_dropout": 0.25,
     "validation_split": 0.5,
+    "exclude": ["a.mp4", "old/*"],
 }
 
 
@@ -67,6 +68,7 @@ def test_a_table_beats_general_and_general_beats_the_default(key: str, source: d
         "caption_extension": ".x",
         "caption_prefix": "",
         "validation_split": 0.75,
+        "exclude": ["other"],
         **{name: not COMMON_VALUES[name] for name in ("enable_bucket", "bucket_no_upscale", "enabled", "recursive")},
     }
     other = others.get(key, 1)
@@ -154,6 +156,17 @@ def test_things_that_are_legal_and_surprising_get_notices() -> None:
     assert ".txt" in notices_of({**VIDEO, "caption_extension": "txt"})["datasets[0].caption_extension"]
     assert "kept in the file" in notices_of(VIDEO, mytool={"a": 1})["mytool"]
     assert not notices_of({**VIDEO, "resolution": [500, 512], "enable_bucket": True})
+
+
+def test_sources_are_left_out_by_a_list_of_paths_and_patterns() -> None:
+    for wrong in ("a.mp4", [1], [""], [["a"]], ["x" * 5000], ["a"] * 10_001):
+        assert "exclude" in next(iter(problems_of({**VIDEO, "exclude": wrong})))
+    assert "Did you mean exclude?" in problems_of({**VIDEO, "excludes": []})["datasets[0].excludes"]
+    assert "every source" in notices_of({**VIDEO, "exclude": ["*"]})["datasets[0].exclude"]
+    assert "inside the folder" in notices_of({**VIDEO, "exclude": ["/clips/a.mp4"]})["datasets[0].exclude"]
+    jsonl = {"video_jsonl_file": "/a", "cache_directory": "/c", "target_frames": [25], "exclude": ["/clips/a.mp4"]}
+    assert not notices_of(jsonl)
+    assert not notices_of({**VIDEO, "exclude": ["a.mp4", "b?.mp4"]})
 
 
 def test_all_problems_are_listed_with_table_and_key() -> None:

@@ -97,6 +97,18 @@ def test_removing_and_adding_tables_leaves_the_comments_of_the_others(tmp_path: 
     assert opened.add_dataset({"image_directory": "/last"}) == 0
 
 
+def test_sources_are_left_out_and_taken_back(tmp_path: Path) -> None:
+    """What the page writes: the whole list anew, paths of any letters."""
+    opened = document(tmp_path)
+    for paths in (["a [1].mp4", "sub/é 'x\".mp4"], ["a [1].mp4"], []):
+        opened.set(0, "exclude", paths)
+        assert opened.save() == []
+        assert DatasetDocument.open(opened.path).datasets[0]["exclude"] == paths
+        assert comments(opened.text) == comments(TEXT)
+    opened.remove(0, "exclude")
+    assert opened.datasets == document(tmp_path).datasets
+
+
 def test_a_change_made_outside_is_noticed(tmp_path: Path) -> None:
     opened = document(tmp_path)
     opened.set(0, "batch_size", 2)
@@ -222,6 +234,7 @@ def random_common(chooser: random.Random) -> dict[str, Any]:
         "caption_prefix": random_text(chooser),
         "caption_dropout": chooser.random(),
         "validation_split": chooser.choice([0, 0.1, 0.5]),
+        "exclude": [random_text(chooser) for _ in range(chooser.randint(0, 3))],
     }
     return {key: value for key, value in values.items() if chooser.random() < 0.4}
 

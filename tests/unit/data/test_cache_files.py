@@ -206,7 +206,6 @@ def test_item_seeds_depend_on_the_item_and_the_base_only(tmp_path: Path) -> None
         ({"vae": "vae-2"}, "VAE: was vae-1, now vae-2"),
         ({"vae_dtype": "bfloat16"}, "VAE number format: was float32, now bfloat16"),
         ({"posterior": "sample", "seed": 7}, "posterior: was mode, now sample, seed 7"),
-        ({"nabla": "stretch"}, "resize: was crop, now stretch"),
         ({"tiling": Tiling(temporal_window=32, temporal_stride=16)}, "VAE tiling: was none, now time 32/16"),
     ],
 )

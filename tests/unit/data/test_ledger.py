@@ -333,3 +333,31 @@ def test_prune_refuses_when_it_cannot_know(tmp_path: Path) -> None:
     (tmp_path / "source").rmdir()
     with pytest.raises(UserError, match="does not exist"):
         _check(entry)
+
+
+def test_caches_of_sources_that_are_left_out_are_left_over(tmp_path: Path) -> None:
+    entry = _cached(tmp_path, 3)
+    ledger = _check(make_entry(tmp_path, exclude=["1.png"]))
+    assert (ledger.sources, ledger.excluded, len(ledger.latents)) == (2, 1, 2)
+    assert {orphan.name for orphan in ledger.orphans} == {"1_0080x0060_k5.safetensors", "1_k5_te.safetensors"}
+    assert {orphan.why for orphan in ledger.orphans} == {"no item"}
+    assert ledger.ready
+    assert "2 sources and 1 left out" in to_text([ledger])
+    assert json.loads(to_json([ledger]))["datasets"][0]["excluded"] == 1
+    assert _check(entry).excluded == 0
+
+
+def test_stretched_caches_of_one_bucket_and_another_crop_are_stale(tmp_path: Path) -> None:
+    """For NABLA: the size before the stretch decides about the pixels, and the name of the file does not hold it."""
+    recipe = replace(LATENTS, nabla="stretch")
+    add_image(tmp_path / "source" / "0.png")
+    entry = make_entry(tmp_path, resolution=[96, 144])
+    for item in build_items(entry, scan_dataset(entry).sources, nabla="stretch").items:
+        cache_item(entry, item, recipe)
+    cache_text(tmp_path / "cache" / unconditional_cache_name("image"), "image", "")
+    assert check_dataset(entry, latents=recipe, text=TEXT).ready
+    other = make_entry(tmp_path, resolution=[112, 144])
+    (row,) = check_dataset(other, latents=recipe, text=TEXT).latents
+    assert (row.item.bucket.width, row.item.bucket.height) == (128, 256)
+    assert row.verdict.state == "stale"
+    assert row.verdict.reasons == ("resize: was crop to 96x144, stretch, now crop to 112x144, stretch",)

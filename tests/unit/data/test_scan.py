@@ -72,6 +72,38 @@ def test_a_circle_of_links_ends_and_the_cache_folder_is_no_source(tmp_path: Path
     assert [item.identity for item in scan_dataset(entry).sources] == ["a.png", "sub/b.png"]
 
 
+def test_left_out_sources_are_listed_apart_and_rename_nothing(tmp_path: Path) -> None:
+    """A path with brackets means that file alone; patterns go over folders; cache names stay as they were."""
+    source = tmp_path / "source"
+    _touch(*(source / name for name in ("a.jpg", "a.png", "a 1.png", "a [1].png", "b.png", "old/c.png", "old/x/d.png")))
+    whole = {item.identity: item for item in scan_dataset(make_entry(tmp_path, recursive=True)).sources}
+
+    def left_out(*exclude: str) -> set[str]:
+        scan = scan_dataset(make_entry(tmp_path, recursive=True, exclude=list(exclude)))
+        assert all(item == whole[item.identity] for item in (*scan.sources, *scan.excluded))
+        assert sorted(item.identity for item in (*scan.sources, *scan.excluded)) == sorted(whole)
+        assert not {item.identity for item in scan.missing_captions} & {item.identity for item in scan.excluded}
+        assert scan.missing_captions == scan.sources
+        return {item.identity for item in scan.excluded}
+
+    assert left_out() == set()
+    assert left_out("a.jpg", "gone.png") == {"a.jpg"}
+    assert left_out("a [1].png") == {"a [1].png"}
+    assert left_out("a [12].png") == {"a 1.png"}
+    assert left_out("old/*", "?.jpg") == {"old/c.png", "old/x/d.png", "a.jpg"}
+    assert left_out("A.jpg") == set()
+    assert left_out("*") == set(whole)
+
+
+def test_left_out_lines_of_a_jsonl_file(tmp_path: Path) -> None:
+    _touch(tmp_path / "m" / "a.png", tmp_path / "m" / "b.png")
+    jsonl = tmp_path / "list.jsonl"
+    jsonl.write_text("".join(f'{{"image_path": "m/{name}.png", "caption": "x"}}\n' for name in "ab"))
+    scan = scan_dataset(make_entry(tmp_path, jsonl=jsonl, exclude=["m/a.png"]))
+    assert [item.identity for item in scan.sources] == ["m/b.png"]
+    assert [item.identity for item in scan.excluded] == ["m/a.png"]
+
+
 def test_same_stems_never_share_a_name_and_the_first_keeps_the_plain_one(tmp_path: Path) -> None:
     entry = make_entry(tmp_path)
     source = tmp_path / "source"

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from backend import progress
 from backend.errors import Problem
-from backend.sampling import progress
-from backend.sampling.progress import Reporter
+from backend.progress import Reporter
 
 
 class Memory:
@@ -103,3 +103,53 @@ def test_phases_progress_and_warnings() -> None:
         {"type": "warning", "message": "were rounded.", "field": "frames"},
     ]
     assert stream.getvalue() == "Reading\nNote: --frames: were rounded.\n"
+
+
+def test_items_with_rate_remaining_time_and_few_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten thousand items in 20 seconds are at most five records a second; the first and the last are among them."""
+    clock = {"now": 100.0}
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock["now"])
+    journal, stream = Memory(), io.StringIO()
+    reporter = Reporter(journal, None, stream)
+    reporter.phase("vae", "Encoding")
+    meter = reporter.item_meter(10_000, "clips")
+    for number in range(1, 10_001):
+        clock["now"] += 0.002
+        meter.done(item=f"clip {number}", dataset=3)
+    records = journal.of("progress")
+    assert 80 <= len(records) <= 101
+    assert records[0]["done"] == 1
+    assert records[-1]["done"] == records[-1]["total"] == 10_000
+    assert {record["phase"] for record in records} == {"vae"}
+    assert {record["dataset"] for record in records} == {3}
+    assert all(record["item"] == f"clip {record['done']}" for record in records)
+    assert all(abs(record["rate"] - 500.0) < 1e-3 for record in records)
+    for record in records:
+        assert abs(record["remaining_seconds"] - (10_000 - record["done"]) / 500.0) <= 0.06
+    assert stream.getvalue().splitlines() == ["Encoding", "10000/10000 clips, 500.00/s, 0 s left, clip 10000"]
+
+
+def test_the_rate_of_items_is_that_of_the_last_half_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = {"now": 0.0}
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock["now"])
+    journal = Memory()
+    meter = Reporter(journal, None, io.StringIO()).item_meter(200, "clips")
+    for seconds in [1.0] * 50 + [10.0] * 12:
+        clock["now"] += seconds
+        meter.done()
+    assert abs(journal.of("progress")[49]["rate"] - 1.0) < 1e-6
+    last = journal.of("progress")[-1]
+    assert abs(last["rate"] - 0.1) < 1e-6
+    assert abs(last["remaining_seconds"] - 1380.0) < 0.1
+    assert "item" not in last
+    assert "dataset" not in last
+
+
+def test_several_items_at_once_and_a_terminal_line() -> None:
+    journal, stream = Memory(), Terminal()
+    meter = Reporter(journal, None, stream).item_meter(6, "captions")
+    meter.done(4)
+    meter.done(2)
+    assert [record["done"] for record in journal.of("progress")] == [4, 6]
+    assert stream.getvalue().count("\n") == 1
+    assert stream.getvalue().count("\r") == 2

@@ -1,0 +1,1 @@
+"""The datasets of a workspace as the page works on them: known files, scans, pictures, captions, findings."""
