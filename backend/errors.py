@@ -14,7 +14,10 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return f"--{self.field}: {self.message}" if self.field else self.message
+        if not self.field:
+            return self.message
+        # Options are plain names; places inside a file look like datasets[0].resolution.
+        return f"--{self.field}: {self.message}" if self.field.isidentifier() else f"{self.field}: {self.message}"
 
 
 class K5Error(Exception):

@@ -89,7 +89,7 @@ def _measure(
     scans: list[tuple[DatasetEntry, Scan]], options: CheckDatasetOptions, reporter: Reporter
 ) -> tuple[list[Finding], list[Checked]]:
     """Findings about sources that cannot be used, and what is known of the others, in the order of the datasets."""
-    workers = options.num_workers or max(1, (os.cpu_count() or 2) - 1)
+    workers = options.num_workers or max(2, (os.cpu_count() or 2) - 1)
     total = sum(len(scan.sources) for _, scan in scans)
     reporter.phase("scan", f"Looking at {total} sources.")
     meter = reporter.item_meter(total, "sources")

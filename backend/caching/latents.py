@@ -68,8 +68,9 @@ def cache_latents(options: CacheLatentsOptions, reporter: Reporter, run_dir: Pat
             reporter.warning(notice)
     device, recipe = _settle(options, share)
     reporter.phase("scan", "Looking at the datasets")
-    # Several processes on one machine share its cores; one core is left to the encoder.
-    workers = options.num_workers or max(1, ((os.cpu_count() or 2) - 1) // share.local_count)
+    # Several processes on one machine share its cores; one core is left to the encoder. Two at least: while one waits
+    # for the disk or starts a file, the other decodes.
+    workers = options.num_workers or max(2, ((os.cpu_count() or 2) - 1) // share.local_count)
     with MediaReader(workers) as reader:
         found = look_at_datasets(config, recipe, reader, reporter)
         if share.first:

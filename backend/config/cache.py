@@ -28,7 +28,7 @@ class DatasetOptions(Options):
         group="dataset", level="advanced",
     )  # fmt: skip
     num_workers: int | None = option(
-        None, "Workers that read sources ahead; default: one less than the CPU cores.", group="work",
+        None, "Workers that read sources ahead; default: one less than the CPU cores, 2 at least.", group="work",
         level="advanced", ge=1, le=256,
     )  # fmt: skip
     report_format: ReportFormat = option("text", "How reports are printed.", group="report")

@@ -44,7 +44,7 @@ def check_dataset_options(options: DatasetOptions) -> list[Problem]:
         return [*problems, *error.problems]
     if not config.enabled:
         problems.append(Problem("dataset_config", "has no dataset that is enabled. Enable one (enabled = true)."))
-    only_looks = isinstance(options, CacheOptions) and options.check
+    only_looks = not isinstance(options, CacheOptions) or options.check
     return [*problems, *check_sources(config), *([] if only_looks else _check_cache_folders(config))]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from backend.errors import Problem
 from backend.events import read_events
 from backend.jobs.facts import number, whole_number
 
@@ -125,7 +126,7 @@ def _sample(fold: Fold, record: dict[str, Any], _: float) -> None:
 def _warning(fold: Fold, record: dict[str, Any], _: float) -> None:
     name, message = _text(record, "field"), _text(record, "message")
     if message:
-        fold.warnings.append(f"--{name}: {message}" if name else message)
+        fold.warnings.append(str(Problem(name or None, message)))
 
 
 def _error(fold: Fold, record: dict[str, Any], _: float) -> None:

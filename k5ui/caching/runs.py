@@ -17,7 +17,7 @@ from k5ui.caching.request import KINDS
 Viewed = tuple[Run, RunView]
 _MEASURED_RUNS = 30
 _SHOWN_WARNINGS = 50
-_OF_A_DATASET = "--datasets["
+_OF_A_DATASET = "datasets["
 
 
 class CacheRuns:

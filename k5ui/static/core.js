@@ -229,8 +229,13 @@
   };
 
   // --- tabs, theme, keys -----------------------------------------------------------------------------------------
+  // On a very narrow screen some tabs stand in a menu, where they have nothing but their text.
+  const menuButton = (name) => {
+    const inMenu = [...document.querySelectorAll("#k5-tabs .overflow-dropdown button")];
+    return inMenu.find((button) => button.textContent.trim() === K5.t("tab." + name));
+  };
   K5.openTab = (name) => {
-    const button = document.getElementById("k5-tab-" + name + "-button");
+    const button = document.getElementById("k5-tab-" + name + "-button") || menuButton(name);
     if (button) button.click();
   };
   K5.openRun = (id) => {

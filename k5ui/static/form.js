@@ -50,7 +50,7 @@
   const showProblems = (problems) => {
     const byField = {};
     for (const problem of problems) if (problem.field) (byField[problem.field] = byField[problem.field] || []).push(problem.message);
-    for (const node of document.querySelectorAll(".k5-problem-line")) {
+    for (const node of document.querySelectorAll(".k5-problem-line[data-field]")) {
       if (!byField[node.dataset.field]) {
         node.remove();
         const owner = field(node.dataset.field);

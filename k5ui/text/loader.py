@@ -34,8 +34,8 @@ class Texts:
 
 
 def page_texts(language: str) -> dict[str, str]:
-    """The texts that our scripts use (keys that start with `js.`)."""
-    return {key: text for key, text in LANGUAGES[Texts(language).language].items() if key.startswith("js.")}
+    """The texts that our scripts use: keys that start with `js.`, and the names of the tabs."""
+    return {key: text for key, text in LANGUAGES[Texts(language).language].items() if key.startswith(("js.", "tab."))}
 
 
 class Words:

@@ -189,8 +189,9 @@ def test_captions_are_saved_but_not_over_an_edit_from_outside(tab: Tab, clips: P
     expect(tab.page.locator(".k5-ds-saved")).to_have_text("Saved")
     assert file.read_text("utf-8").strip() == before + " in the rain"
 
-    file.write_text("written by somebody else", encoding="utf-8")
+    # In this order: while nothing is typed, the page just shows what the file says now.
     tab.editor.fill("mine")
+    file.write_text("written by somebody else", encoding="utf-8")
     tab.editor.press("Control+Enter")
     conflict = tab.page.locator(".k5-ds-editor .k5-ds-conflict")
     expect(conflict).to_contain_text("written by somebody else")
@@ -198,8 +199,8 @@ def test_captions_are_saved_but_not_over_an_edit_from_outside(tab: Tab, clips: P
     conflict.get_by_role("button", name="Keep mine").click()
     server.wait(lambda: file.read_text("utf-8").strip() == "mine", 10)
 
-    file.write_text("once more from outside", encoding="utf-8")
     tab.editor.fill("mine again")
+    file.write_text("once more from outside", encoding="utf-8")
     tab.editor.press("Control+Enter")
     conflict.get_by_role("button", name="Take the file's text").click()
     expect(tab.editor).to_have_value("once more from outside")

@@ -66,8 +66,8 @@ def test_no_text_is_left_over() -> None:
 
 
 def test_scripts_get_their_texts_in_one_language() -> None:
-    """Only `js.` keys go to the page, and an unknown language is English."""
-    assert all(key.startswith("js.") for key in page_texts("ru"))
+    """Only `js.` keys and the names of the tabs go to the page, and an unknown language is English."""
+    assert all(key.startswith(("js.", "tab.")) for key in page_texts("ru"))
     assert page_texts("xx") == page_texts("en")
     assert Texts("ru")("generate.length_seconds", n=5) == "5 с"
 
