@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from k5ui.caching.request import (
     wanted,
 )
 from k5ui.caching.runs import CacheRuns, Viewed, at_work, last_pages, live_page
+from k5ui.datasets.inside import require_inside
 from k5ui.datasets.keys import source_key
 from k5ui.text.loader import Texts
 
@@ -154,12 +154,10 @@ class CachingDesk:
         """What the configuration says now; an exposed app reads and writes inside its roots only.
 
         Raises:
-            Problems: everything that is wrong with it, or a folder outside of the roots.
+            Problems: everything that is wrong with it, or something outside of the roots.
         """
         config = self._services.datasets.config(dataset)
-        for entry in config.datasets if self._services.roots.exposed else ():
-            for name, path in ((f"{entry.kind}_directory", entry.source), ("cache_directory", entry.cache_directory)):
-                self._services.roots.absolute(os.fspath(path), f"datasets[{entry.index}].{name}")
+        require_inside(config, self._services.roots)
         return config
 
     def _needs(self, books: Books, form: Wanted) -> dict[str, Any]:

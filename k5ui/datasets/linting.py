@@ -18,6 +18,7 @@ from backend.jobs.view import RunView, view_run
 from k5ui.datasets import findings
 from k5ui.datasets.creating import TINY_SIDE
 from k5ui.datasets.documents import read_document
+from k5ui.datasets.inside import require_inside
 from k5ui.datasets.known import KnownDataset
 from k5ui.services import Services
 
@@ -54,13 +55,10 @@ def start_check(services: Services, dataset: KnownDataset, trigger: str | None) 
     """Put a check into the queue; returns the id of its run.
 
     Raises:
-        Problems: the dataset file is wrong, or the workspace cannot be written.
+        Problems: the dataset file is wrong or leads an exposed app out of its roots; the workspace cannot be written.
     """
     config = services.datasets.config(dataset.id)
-    if services.roots.exposed:
-        outside = [entry for entry in config.enabled if not services.roots.allows(os.path.abspath(entry.source))]
-        if outside:
-            raise UserError("The dataset lies outside of the folders that this app may read.")
+    require_inside(config, services.roots)
     _, revision = read_document(dataset.path)
     values = {
         "dataset_config": os.fspath(dataset.path),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from backend.errors import Problems
 from k5ui.datasets.keys import source_key
 from tests.security.server import Server
 from tests.unit.k5ui.dataset_kit import Desk, clip_folder, open_desk, write_image
@@ -204,6 +205,25 @@ def test_links_out_of_a_dataset_show_nothing_when_exposed(desk: Desk, inside: Pa
     assert (outside / "private.txt").read_text() == SECRET
 
 
+def test_no_job_reads_what_a_jsonl_or_a_link_names_outside(desk: Desk, inside: Path, outside: Path) -> None:
+    """Checks and caches of an exposed app are refused before a run is made; inside its roots they start."""
+    write_image(inside / "a" / "own.png")
+    lines = inside / "lines.jsonl"
+    table = f'[[datasets]]\nimage_jsonl_file = "{lines}"\ncache_directory = "{inside / "cache"}"\n'
+    (inside / "set.toml").write_text(table)
+    dataset = desk.call("open_dataset", str(inside / "set.toml"))["id"]
+    link = inside / "a" / "link.png"
+    link.symlink_to(outside / "private.png")
+    for path in (outside / "private.png", inside / ".." / "outside" / "private.png", link):
+        lines.write_text(json.dumps({"image_path": str(path), "caption": "x"}) + "\n")
+        assert "lies outside" in json.dumps(desk.call("check", dataset, None))
+        with pytest.raises(Problems, match="lies outside"):
+            desk.services.caching.cache(dataset, "all")
+    assert desk.services.store.list() == []
+    lines.write_text(json.dumps({"image_path": str(inside / "a" / "own.png"), "caption": "x"}) + "\n")
+    assert desk.services.caching.cache(dataset, "text")
+
+
 def test_a_source_that_becomes_a_link_is_not_shown(
     desk: Desk, inside: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,7 +262,7 @@ def test_a_dataset_written_by_hand_that_leads_out_shows_nothing(desk: Desk, insi
     page = desk.settle(row["id"])
     assert page["entries"][0]["sources"] == 0
     assert "outside" in page["problems"][0]["message"]
-    assert "outside" in desk.call("check", row["id"], None)["error"]
+    assert "outside" in desk.call("check", row["id"], None)["problems"][0]["message"]
     assert desk.client.get(f"/api/datasets/{row['id']}/thumb/{source_key(0, 'private.png')}").status_code == 404
 
 
