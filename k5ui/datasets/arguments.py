@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from backend.config.dataset_text import value_problem
@@ -30,6 +31,13 @@ class Arguments:
             raise UserError(_WRONG)
         if len(value) > limit:
             raise UserError(f"The text is too long: at most {limit} letters.")
+        return value
+
+    def path(self, place: int) -> str:
+        """The path of a file or a folder; it is whole, because nobody at a page knows where the app was started."""
+        value = self.text(place)
+        if not os.path.isabs(os.path.expanduser(value)):
+            raise UserError(f"{value} is no whole path. Give it from the first folder on.")
         return value
 
     def text_or_none(self, place: int, limit: int = 4096) -> str | None:

@@ -91,14 +91,14 @@ class _FileVerbs(_Verbs):
 
     def new_dataset(self, arguments: Arguments) -> Answer:
         """[folder, name|null] -> {"id"}."""
-        folder = Path(self.library.roots.absolute(arguments.text(0), "folder"))
+        folder = Path(self.library.roots.absolute(arguments.path(0), "folder"))
         name = arguments.text_or_none(1, 100)
         path = creating.create(folder, name, self.library.folder, self.library.caches, self.library.reader)
         return {"id": self._shown(self.library.known.add(os.fspath(path)))}
 
     def open_dataset(self, arguments: Arguments) -> Answer:
         """[path] -> {"id"}."""
-        return {"id": self._shown(self.library.known.add(arguments.text(0)))}
+        return {"id": self._shown(self.library.known.add(arguments.path(0)))}
 
     def _shown(self, dataset: KnownDataset) -> str:
         self.library.scans.look(dataset)
@@ -120,7 +120,7 @@ class _FileVerbs(_Verbs):
     def add_entry(self, arguments: Arguments) -> Answer:
         """[id, revision, folder, "video"|"image"] -> {"revision", "index"}."""
         dataset, kind = self.dataset(arguments), arguments.text(3, 10)
-        folder = Path(self.library.roots.absolute(arguments.text(2), "folder"))
+        folder = Path(self.library.roots.absolute(arguments.path(2), "folder"))
         found = creating.look_into(folder, self.library.reader).get(kind)
         if found is None:
             what = "videos" if kind == "video" else "images"
