@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,6 +89,12 @@ class Item(NamedTuple):
         return self.bucket.width, self.bucket.height
 
 
+# What `Item(...)` does, without the call of a Python function: there may be very many.
+_MAKE = functools.partial(tuple.__new__, Item)
+# A range of frames, None for a still, and what stands behind the source's key in the name of its cache.
+_Clip = tuple[ClipRange | None, str]
+
+
 class Skipped(NamedTuple):
     """A source without items and why; `broken` ones could not be read, the others do not fit the settings."""
 
@@ -127,7 +134,12 @@ def source_stamp(source: Source) -> Stamp:
     try:
         return stamp_of(source.location)
     except OSError as error:
-        raise UserError(f"{source.location} cannot be read: {error.strerror or error}. Check the file.") from error
+        raise source_problem(source.location, error) from error
+
+
+def source_problem(location: str, error: OSError) -> UserError:
+    """What to say of a source that cannot be looked at."""
+    return UserError(f"{location} cannot be read: {error.strerror or error}. Check the file.")
 
 
 def media_facts(info: MediaInfo, path: Path) -> MediaFacts:
@@ -155,7 +167,8 @@ def build_items(
     """
     plan = ItemPlan()
     sizes: dict[tuple[int, int], _Sizes] = {}
-    clips: dict[MediaFacts, list[ClipRange]] = {}
+    clips: dict[MediaFacts, list[_Clip]] = {}
+    keep = plan.items.append
     for source in sources:
         try:
             stamp, media = look(source)
@@ -169,20 +182,23 @@ def build_items(
         if trouble is not None:
             plan.skipped.append(Skipped(source, trouble, False))
             continue
-        text_name = text_cache_name(source.name)
-        if source.kind == "image":
-            name = latent_cache_name(source.name, media.width, media.height)
-            plan.items.append(Item(source, media, None, bucket, name, text_name, stamp, cropped))
-            continue
-        ranges = clips.get(media)
-        if ranges is None:
-            ranges = clips[media] = clip_ranges(usable_frames(entry, media), entry)
-        if not ranges:
+        found = clips.get(media)
+        if found is None:
+            found = clips[media] = _clips(entry, media, bucket)
+        if not found:
             plan.skipped.append(Skipped(source, _too_short(entry, media), False))
-        for clip in ranges:
-            name = latent_cache_name(source.name, bucket.width, bucket.height, clip.start, clip.frames)
-            plan.items.append(Item(source, media, clip, bucket, name, text_name, stamp, cropped))
+        key = source.name
+        text_name = text_cache_name(key)
+        for clip, ending in found:
+            keep(_MAKE((source, media, clip, bucket, key + ending, text_name, stamp, cropped)))
     return plan
+
+
+def _clips(entry: DatasetEntry, media: MediaFacts, bucket: Bucket) -> list[_Clip]:
+    if entry.kind == "image":
+        return [(None, latent_cache_name("", media.width, media.height))]
+    ranges = clip_ranges(usable_frames(entry, media), entry)
+    return [(clip, latent_cache_name("", bucket.width, bucket.height, clip.start, clip.frames)) for clip in ranges]
 
 
 def _sizes(size: tuple[int, int], entry: DatasetEntry, nabla: Nabla) -> _Sizes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -23,9 +24,9 @@ from backend.data.cache_names import (
     parse_text_name,
     unconditional_cache_name,
 )
-from backend.data.items import Item, Look, Skipped, build_items
+from backend.data.items import Item, Skipped, build_items
 from backend.data.ledger_index import LedgerIndex
-from backend.data.looking import FEW, Progress, look_at_all
+from backend.data.looking import FEW, Looks, Progress, look_at_all, look_here
 from backend.data.pauses import no_collection
 from backend.data.recipes import LatentRecipe, TextRecipe
 from backend.data.scan import Scan, Source, scan_dataset
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from backend.config.dataset import DatasetEntry
     from backend.data.watchdog import MediaReader
 
+_NO_CAPTION = UserError("the source has no caption")
 STATES = ("valid", "stale", "foreign", "broken", "missing")
 
 
@@ -45,6 +47,10 @@ class LatentRow(NamedTuple):
     item: Item
     verdict: Verdict
     bytes: int
+
+
+# What `LatentRow(...)` does, without the call of a Python function: there may be very many.
+_MAKE_LATENT = functools.partial(tuple.__new__, LatentRow)
 
 
 class TextRow(NamedTuple):
@@ -57,6 +63,9 @@ class TextRow(NamedTuple):
     name: str
     verdict: Verdict
     bytes: int
+
+
+_MAKE_TEXT = functools.partial(tuple.__new__, TextRow)
 
 
 class Orphan(NamedTuple):
@@ -141,18 +150,18 @@ def check_dataset(
         scan = scan_dataset(entry)
         index = LedgerIndex(os.path.abspath(os.fspath(entry.cache_directory)))
         if reader is None and on_progress is None and index.count_new(scan.sources) <= FEW:
-            return _judged(entry, scan, index, index.look, recipe, text)
+            return _judged(entry, scan, index, look_here(scan.sources, index), recipe, text)
     looks = look_at_all(scan.sources, index=index, reader=reader, on_progress=on_progress)
     with no_collection():
-        return _judged(entry, scan, index, looks.look, recipe, text)
+        return _judged(entry, scan, index, looks, recipe, text)
 
 
 def _judged(
-    entry: DatasetEntry, scan: Scan, index: LedgerIndex, look: Look, recipe: LatentRecipe, text: TextRecipe
+    entry: DatasetEntry, scan: Scan, index: LedgerIndex, looks: Looks, recipe: LatentRecipe, text: TextRecipe
 ) -> DatasetLedger:
     folder = os.path.abspath(os.fspath(entry.cache_directory))
     present = _list_caches(folder)
-    plan = build_items(entry, scan.sources, nabla=recipe.nabla, look=look)
+    plan = build_items(entry, scan.sources, nabla=recipe.nabla, look=looks.look)
     ledger = DatasetLedger(
         entry.index,
         entry.kind,
@@ -164,7 +173,7 @@ def _judged(
         excluded=len(scan.excluded),
     )
     judge = _Judge(entry, folder, present, index, recipe, text)
-    ledger.latents = [judge.latent(item) for item in plan.items]
+    ledger.latents = judge.latents(plan.items)
     ledger.texts = judge.texts(plan.items)
     judge.find_predecessors(ledger.latents)
     _find_orphans(ledger, present)
@@ -201,70 +210,90 @@ class _Judge:
         self._shared_verdicts: dict[tuple[object, ...], Verdict] = {}
         self._shared_texts: dict[tuple[object, ...], Verdict] = {}
 
-    def latent(self, item: Item) -> LatentRow:
-        """The row of one item."""
-        if item.latent_name not in self.present:
-            return LatentRow(item, MISSING, 0)
-        facts, size = self.index.cache_facts(item.latent_name, "latent")
-        if isinstance(facts, Verdict):
-            return LatentRow(item, facts, size)
-        # `facts.shared` is one object for equal facts and lives as long as the index, so its identity stands for it.
-        key = (id(facts.shared), facts.ours, item.clip, item.bucket, item.cropped)
-        verdict = self._shared_verdicts.get(key)
-        if verdict is None:
-            expected = self.recipe.expected(self.entry, item, item.stamp)
-            verdict = self._shared_verdicts[key] = judge_shared_latent(facts.ours, facts.shared, expected)
-        stamp = item.stamp
-        if facts.ours and (facts.source_mtime_ns != stamp.mtime_ns or facts.source_size != stamp.size):
-            changed = source_change(facts, item.source.location, stamp, self.index.content_hash)
-            if changed is not None:
-                verdict = Verdict("stale", (*verdict.reasons, changed))
-        return LatentRow(item, verdict, size)
+    def latents(self, items: list[Item]) -> list[LatentRow]:
+        """The rows of items, in their order."""
+        present = self.present
+        cached = self.index.cache_facts_of([item[4] for item in items if item[4] in present], "latent")
+        rows: list[LatentRow] = []
+        keep, judged = rows.append, self._shared_verdicts
+        for item in items:
+            # Taken apart at once: names of fields are looked up one by one, and there may be very many items.
+            source, _, clip, bucket, name, _, stamp, cropped = item
+            if name not in cached:
+                keep(LatentRow(item, MISSING, 0))
+                continue
+            (size, _, _), facts = cached[name]
+            if isinstance(facts, Verdict):
+                keep(LatentRow(item, facts, size))
+                continue
+            ours, shared, source_size, source_mtime_ns, _, _ = facts
+            # `shared` is one object for equal facts and lives as long as the index, so its identity stands for it.
+            key = (id(shared), ours, clip, bucket, cropped)
+            verdict = judged.get(key)
+            if verdict is None:
+                expected = self.recipe.expected(self.entry, item, stamp)
+                verdict = judged[key] = judge_shared_latent(ours, shared, expected)
+            if ours and (source_mtime_ns != stamp[1] or source_size != stamp[0]):
+                changed = source_change(facts, source.location, stamp, self.index.content_hash)
+                if changed is not None:
+                    verdict = Verdict("stale", (*verdict.reasons, changed))
+            keep(_MAKE_LATENT((item, verdict, size)))
+        return rows
 
     def texts(self, items: list[Item]) -> list[TextRow]:
         """One row per source that has items, in their order, and one for the empty caption."""
-        rows: list[TextRow] = []
+        if not items:
+            return []
+        sources: list[Source] = []
+        names: list[str] = []
         last = None
         for item in items:
-            if item.source is not last:
-                last = item.source
-                rows.append(self._text(last, item.text_name))
-        if rows:
-            name = unconditional_cache_name(self.entry.kind)
-            rows.append(TextRow(None, name, *self._text_verdict(name, text_hash(""))))
+            if item[0] is not last:
+                last = item[0]
+                sources.append(last)
+                names.append(item[5])
+        empty = unconditional_cache_name(self.entry.kind)
+        cached = self.index.cache_facts_of([name for name in (*names, empty) if name in self.present], "text")
+        captioned = [source for source in sources if source[4] is not None or source[5] is not None]
+        hashes = iter(self.index.caption_hashes(captioned, self.entry.caption_prefix or ""))
+        rows: list[TextRow] = []
+        keep, judge = rows.append, self._text_verdict
+        for source, name in zip(sources, names, strict=True):
+            digest = next(hashes) if source[4] is not None or source[5] is not None else _NO_CAPTION
+            if isinstance(digest, UserError):
+                keep(TextRow(source, name, Verdict("missing", (digest.message,)), 0))
+            elif name in cached:
+                stamp, facts = cached[name]
+                keep(_MAKE_TEXT((source, name, judge(facts, digest), stamp[0])))
+            else:
+                keep(TextRow(source, name, MISSING, 0))
+        if empty in cached:
+            stamp, facts = cached[empty]
+            keep(TextRow(None, empty, judge(facts, text_hash("")), stamp.size))
+        else:
+            keep(TextRow(None, empty, MISSING, 0))
         return rows
 
-    def _text(self, source: Source, name: str) -> TextRow:
-        if not source.has_caption:
-            return TextRow(source, name, Verdict("missing", ("the source has no caption",)), 0)
-        try:
-            digest = self.index.caption_hash(source, self.entry.caption_prefix or "")
-        except UserError as error:
-            return TextRow(source, name, Verdict("missing", (error.message,)), 0)
-        return TextRow(source, name, *self._text_verdict(name, digest))
-
-    def _text_verdict(self, name: str, digest: str) -> tuple[Verdict, int]:
-        if name not in self.present:
-            return MISSING, 0
-        facts, size = self.index.cache_facts(name, "text")
+    def _text_verdict(self, facts: CacheFacts | Verdict, digest: str) -> Verdict:
         if isinstance(facts, Verdict):
-            return facts, size
-        key = (id(facts.shared), facts.ours, facts.caption_hash is None, facts.caption_hash == digest)
+            return facts
+        ours, shared, _, _, _, told = facts
+        key = (id(shared), ours, told is None, told == digest)
         verdict = self._shared_texts.get(key)
         if verdict is None:
             expected = self.text_expected._replace(caption_hash=digest)
             verdict = self._shared_texts[key] = judge_text(facts, expected)
-        return verdict, size
+        return verdict
 
     def find_predecessors(self, rows: list[LatentRow]) -> None:
         """Call a missing cache stale when the same clip is there in another size: names hold the size.
 
         The old file stays an orphan: the new one gets another name.
         """
-        wanted = {row.item.latent_name for row in rows}
         missing = [number for number, row in enumerate(rows) if row.verdict is MISSING]
         if not missing:
             return
+        wanted = {row.item.latent_name for row in rows}
         old: dict[tuple[str, int | None, int | None], str] = {}
         for name in sorted(self.present - wanted):
             parsed = parse_latent_name(name, self.entry.kind)

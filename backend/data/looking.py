@@ -39,6 +39,21 @@ class Looks:
         return found
 
 
+def look_here(sources: Sequence[Source], index: LedgerIndex) -> Looks:
+    """Look at every source; those that the index does not remember are probed in this process, one after the other."""
+    looks = Looks()
+    recalled = index.recall_all(sources)
+    for source in sources:
+        found = recalled[source.location]
+        if found is None:
+            try:
+                found = index.look(source)
+            except UserError as error:
+                found = error
+        looks.seen[source.location] = found
+    return looks
+
+
 def look_at_all(
     sources: Sequence[Source],
     *,
@@ -60,12 +75,9 @@ def look_at_all(
     """
     looks = Looks()
     new: dict[str, Source] = {}
+    recalled = index.recall_all(sources)
     for source in sources:
-        try:
-            known = index.recall(source)
-        except UserError as error:
-            looks.seen[source.location] = error
-            continue
+        known = recalled[source.location]
         if known is None:
             new[source.location] = source
         else:

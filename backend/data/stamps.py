@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import operator
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +26,7 @@ class Stamp(NamedTuple):
 
 # What `Stamp(...)` does, without the call of a Python function: a ledger asks for hundreds of thousands.
 _MAKE = functools.partial(tuple.__new__, Stamp)
+_FIELDS = operator.attrgetter("st_size", "st_mtime_ns", "st_ino")
 
 
 def stamp_of(location: str | Path) -> Stamp:
@@ -38,6 +41,24 @@ def stamp_of(location: str | Path) -> Stamp:
         latest = max((part.st_mtime_ns for part in parts), default=0)
         return Stamp(sum(part.st_size for part in parts), latest, status.st_ino)
     return _MAKE((status.st_size, status.st_mtime_ns, status.st_ino))
+
+
+def stamps_of(locations: Sequence[str]) -> list[Stamp | OSError]:
+    """`stamp_of` each of very many, in their order; for one that is not there or cannot be looked at, why."""
+    stamps: list[Stamp | OSError] = []
+    keep, is_folder = stamps.append, stat.S_ISDIR
+    statuses = map(os.stat, locations)
+    while len(stamps) < len(locations):
+        # An error leaves the loop; `statuses` then goes on with the next file.
+        try:
+            for status in statuses:
+                if is_folder(status.st_mode):
+                    keep(stamp_of(locations[len(stamps)]))
+                else:
+                    keep(_MAKE(_FIELDS(status)))
+        except OSError as error:
+            keep(error)
+    return stamps
 
 
 def content_hash(location: str | Path) -> str:
