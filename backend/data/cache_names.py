@@ -12,6 +12,7 @@ LATENT_SUFFIX = "_k5.safetensors"
 TEXT_SUFFIX = "_k5_te.safetensors"
 #: Hidden, so that no other tool takes them for caches of sources, and no scan for sources.
 INDEX_FILE = ".k5_index.json"
+SEAL_FILE = ".k5_seal.json"
 TRASH_FOLDER = ".k5_trash"
 
 _NAME_LIMIT = 255

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from backend.data.cache_facts import (
     MISSING,
@@ -26,6 +26,17 @@ from backend.data.cache_names import (
 )
 from backend.data.items import Item, Skipped, build_items
 from backend.data.ledger_index import LedgerIndex
+from backend.data.ledger_seal import (
+    Seal,
+    Sealed,
+    Shape,
+    ValidRows,
+    may_be_whole,
+    names_digest,
+    read_seal,
+    take_seal,
+    write_seal,
+)
 from backend.data.looking import FEW, Looks, Progress, look_at_all, look_here
 from backend.data.pauses import no_collection
 from backend.data.recipes import LatentRecipe, TextRecipe
@@ -66,6 +77,7 @@ class TextRow(NamedTuple):
 
 
 _MAKE_TEXT = functools.partial(tuple.__new__, TextRow)
+Row = TypeVar("Row", bound=LatentRow | TextRow)
 
 
 class Orphan(NamedTuple):
@@ -81,15 +93,17 @@ class DatasetLedger:
     """Everything about the caches of one dataset.
 
     `held` counts cache files of sources that could not be read: they may be needed again and are no orphans.
-    `excluded` counts the sources that the configuration leaves out; their caches are orphans.
+    `excluded` counts the sources that the configuration leaves out; their caches are orphans. `shapes` says how many
+    items are encoded as how many frames of which width and height.
     """
 
     index: int
     kind: str
     cache_directory: str
     sources: int
-    latents: list[LatentRow] = field(default_factory=list)
-    texts: list[TextRow] = field(default_factory=list)
+    latents: Sequence[LatentRow] = field(default_factory=list)
+    texts: Sequence[TextRow] = field(default_factory=list)
+    shapes: Mapping[Shape, int] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
     missing_captions: list[Source] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -100,17 +114,17 @@ class DatasetLedger:
     @property
     def latent_states(self) -> dict[str, int]:
         """How many latent caches are in each state."""
-        return _count(row.verdict for row in self.latents)
+        return count_states(self.latents)
 
     @property
     def text_states(self) -> dict[str, int]:
         """How many text caches are in each state."""
-        return _count(row.verdict for row in self.texts)
+        return count_states(self.texts)
 
     @property
     def bytes(self) -> int:
         """Size of all caches that belong to items."""
-        return sum(row.bytes for row in self.latents) + sum(row.bytes for row in self.texts)
+        return bytes_of(self.latents) + bytes_of(self.texts)
 
     @property
     def orphan_bytes(self) -> int:
@@ -120,8 +134,8 @@ class DatasetLedger:
     @property
     def ready(self) -> bool:
         """Whether there is something to train on and all of it is usable."""
-        rows = [row.verdict for row in self.latents] + [row.verdict for row in self.texts]
-        return bool(self.latents) and not self.problems and all(verdict.usable for verdict in rows)
+        rows = [*not_valid(self.latents), *not_valid(self.texts)]
+        return bool(self.latents) and not self.problems and all(row.verdict.usable for row in rows)
 
 
 def check_dataset(
@@ -144,34 +158,91 @@ def check_dataset(
     Raises:
         UserError: the source folder, the JSONL file or the cache folder cannot be read.
     """
-    recipe, text = latents or LatentRecipe(), text or TextRecipe()
-    # One pause for all that is quick: after each, the collector looks through everything once.
+    check = _Check(entry, latents or LatentRecipe(), text or TextRecipe(), reader, on_progress)
     with no_collection():
         scan = scan_dataset(entry)
-        index = LedgerIndex(os.path.abspath(os.fspath(entry.cache_directory)))
-        if reader is None and on_progress is None and index.count_new(scan.sources) <= FEW:
-            return _judged(entry, scan, index, look_here(scan.sources, index), recipe, text)
-    looks = look_at_all(scan.sources, index=index, reader=reader, on_progress=on_progress)
-    with no_collection():
-        return _judged(entry, scan, index, looks, recipe, text)
+        seal, sealed = check.compare_seal(scan)
+    if sealed is not None:
+        return check.sealed(scan, sealed)
+    ledger = check.run(scan)
+    # The seal was taken before the check: what changed in between gives it another stamp next time.
+    if seal is not None and seal.settled and _is_whole(ledger):
+        sizes = bytes_of(ledger.latents), bytes_of(ledger.texts)
+        counts = len(ledger.latents), sizes[0], len(ledger.texts), sizes[1]
+        write_seal(check.folder, seal, Sealed(*counts, dict(ledger.shapes)))
+    return ledger
 
 
-def _judged(
-    entry: DatasetEntry, scan: Scan, index: LedgerIndex, looks: Looks, recipe: LatentRecipe, text: TextRecipe
-) -> DatasetLedger:
-    folder = os.path.abspath(os.fspath(entry.cache_directory))
-    present = _list_caches(folder)
-    plan = build_items(entry, scan.sources, nabla=recipe.nabla, look=looks.look)
-    ledger = DatasetLedger(
-        entry.index,
-        entry.kind,
-        folder,
+class _Check(NamedTuple):
+    """What a check is asked for."""
+
+    entry: DatasetEntry
+    recipe: LatentRecipe
+    text: TextRecipe
+    reader: MediaReader | None
+    on_progress: Progress | None
+
+    @property
+    def folder(self) -> str:
+        return os.path.abspath(os.fspath(self.entry.cache_directory))
+
+    def compare_seal(self, scan: Scan) -> tuple[Seal | None, Sealed | None]:
+        """The seal that the dataset has now, if it can have one, and what the stored one says if it is the same."""
+        files = _list_names(self.folder)
+        if not may_be_whole(scan, len(files)):
+            return None, None
+        names = names_digest(self.entry, self.recipe, self.text, scan, files)
+        seal, stored = take_seal(names, scan, self.folder, files), read_seal(self.folder)
+        same = seal is not None and stored is not None and seal[:2] == stored[0][:2]
+        return seal, stored[1] if same and stored is not None else None
+
+    def run(self, scan: Scan) -> DatasetLedger:
+        """Look at every source and judge every cache."""
+        present = _list_caches(self.folder)
+        # One pause for all that is quick: after each, the collector looks through everything once.
+        with no_collection():
+            index = LedgerIndex(self.folder)
+            if self.reader is None and self.on_progress is None and index.count_new(scan.sources) <= FEW:
+                return _judged(self, scan, present, index, look_here(scan.sources, index))
+        looks = look_at_all(scan.sources, index=index, reader=self.reader, on_progress=self.on_progress)
+        with no_collection():
+            return _judged(self, scan, present, index, looks)
+
+    def sealed(self, scan: Scan, sealed: Sealed) -> DatasetLedger:
+        """The ledger of a dataset of which nothing has changed since all of it was valid."""
+        quietly = self._replace(reader=None, on_progress=None)
+        full = functools.cache(lambda: quietly.run(scan))
+        ledger = _empty_ledger(self, scan)
+        ledger.latents = ValidRows(sealed.latents, sealed.latent_bytes, lambda: full().latents)
+        ledger.texts = ValidRows(sealed.texts, sealed.text_bytes, lambda: full().texts)
+        ledger.shapes = sealed.shapes
+        return ledger
+
+
+def _is_whole(ledger: DatasetLedger) -> bool:
+    """Whether all is valid and there is nothing else to tell."""
+    told = ledger.skipped or ledger.missing_captions or ledger.problems or ledger.orphans or ledger.held
+    return bool(ledger.latents) and not told and not not_valid(ledger.latents) and not not_valid(ledger.texts)
+
+
+def _empty_ledger(check: _Check, scan: Scan) -> DatasetLedger:
+    return DatasetLedger(
+        check.entry.index,
+        check.entry.kind,
+        check.folder,
         len(scan.sources),
-        skipped=plan.skipped,
         missing_captions=scan.missing_captions,
         problems=scan.problems,
         excluded=len(scan.excluded),
     )
+
+
+def _judged(check: _Check, scan: Scan, present: set[str], index: LedgerIndex, looks: Looks) -> DatasetLedger:
+    entry, folder, recipe, text = check.entry, check.folder, check.recipe, check.text
+    plan = build_items(entry, scan.sources, nabla=recipe.nabla, look=looks.look)
+    ledger = _empty_ledger(check, scan)
+    ledger.skipped = plan.skipped
+    ledger.shapes = Counter((item.frames, item.bucket.width, item.bucket.height) for item in plan.items)
     judge = _Judge(entry, folder, present, index, recipe, text)
     ledger.latents = judge.latents(plan.items)
     ledger.texts = judge.texts(plan.items)
@@ -179,6 +250,14 @@ def _judged(
     _find_orphans(ledger, present)
     index.save()
     return ledger
+
+
+def _list_names(folder: str) -> list[str]:
+    """Sorted names of what looks like a cache; none if the folder cannot be read, which the check itself then says."""
+    try:
+        return sorted([name for name in os.listdir(folder) if name.endswith(".safetensors")])
+    except OSError:
+        return []
 
 
 def _list_caches(folder: str) -> set[str]:
@@ -339,6 +418,19 @@ def _find_orphans(ledger: DatasetLedger, present: set[str]) -> None:
             continue  # It went away between the listing and now, which is what an orphan is asked to do.
 
 
-def _count(verdicts: Iterable[Verdict]) -> dict[str, int]:
-    found = Counter(verdict.state for verdict in verdicts)
+def not_valid(rows: Sequence[Row]) -> list[Row]:
+    """Those rows that are not valid, without making rows that are known to be."""
+    return [] if isinstance(rows, ValidRows) else [row for row in rows if row.verdict.state != "valid"]
+
+
+def bytes_of(rows: Sequence[LatentRow | TextRow]) -> int:
+    """Size of the caches of these rows."""
+    return rows.bytes if isinstance(rows, ValidRows) else sum(row.bytes for row in rows)
+
+
+def count_states(rows: Sequence[LatentRow | TextRow]) -> dict[str, int]:
+    """How many of these rows are in each state."""
+    if isinstance(rows, ValidRows):
+        return {state: len(rows) if state == "valid" else 0 for state in STATES}
+    found = Counter(row.verdict.state for row in rows)
     return {state: found.get(state, 0) for state in STATES}

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from backend.data.ledger import DatasetLedger, LatentRow, TextRow
+from backend.data.ledger import DatasetLedger, LatentRow, TextRow, not_valid
 from backend.errors import Problem
 
 _VERSION = 1
@@ -33,8 +33,8 @@ def _dataset(ledger: DatasetLedger, every_item: bool) -> dict[str, Any]:
         "orphan_bytes": ledger.orphan_bytes,
         "held": ledger.held,
         "excluded": ledger.excluded,
-        "items": [_latent(row) for row in ledger.latents if every_item or row.verdict.state != "valid"],
-        "captions": [_text(row) for row in ledger.texts if every_item or row.verdict.state != "valid"],
+        "items": [_latent(row) for row in (ledger.latents if every_item else not_valid(ledger.latents))],
+        "captions": [_text(row) for row in (ledger.texts if every_item else not_valid(ledger.texts))],
         "skipped": [
             {"source": skipped.source.identity, "reason": skipped.reason, "broken": skipped.broken}
             for skipped in ledger.skipped
@@ -87,13 +87,13 @@ def _lines(ledger: DatasetLedger) -> list[str]:
         f"  latents: {_counts(ledger.latent_states)}",
         f"  texts: {_counts(ledger.text_states)}",
     ]
-    rows = [*ledger.latents, *ledger.texts]
+    rows = [*not_valid(ledger.latents), *not_valid(ledger.texts)]
     lines += _listed(
         "not valid",
         [
             f"{_name(row)}: {row.verdict.state} ({'; '.join(row.verdict.reasons)})"
             for row in rows
-            if row.verdict.state not in ("valid", "missing")
+            if row.verdict.state != "missing"
         ],
     )
     lines += _listed("without caption", [source.identity for source in ledger.missing_captions])

@@ -218,24 +218,22 @@ def _list_folder(
 
     Nothing but the listing itself is asked of the system: kinds of entries come with it, captions are looked up in it.
     """
-    media: list[str] = []
-    others: list[str] = []
-    folders: list[str] = []
     with os.scandir(folder) as entries:
-        for item in entries:
-            name = item.name
-            if item.is_file():
-                (media if name.lower().endswith(extensions) else others).append(name)
-            elif name[0] != "." and item.is_dir():
-                folders.append(name)
+        listed = list(entries)
+    files = [item.name for item in listed if item.is_file()]
+    folders = []
+    if len(files) < len(listed):
+        folders = [item.name for item in listed if item.name[0] != "." and not item.is_file() and item.is_dir()]
+    media = [name for name in files if name.lower().endswith(extensions)]
     media.sort()
-    captions = set(others)
+    # A caption is never one of the media files, whatever the extension of captions is.
+    present = set() if caption_extension.lower().endswith(extensions) else set(files)
     base = os.path.join(folder, "")
     for name in media:
         if name[0] != ".":
             stem = name[: name.rindex(".")]
             caption = stem + caption_extension
-            found.append((inside + name, stem, base + name, base + caption if caption in captions else None, None))
+            found.append((inside + name, stem, base + name, base + caption if caption in present else None, None))
     return sorted(folders)
 
 

@@ -21,10 +21,14 @@ _CAPTION_TOKENS = 128
 
 def latent_bytes(item: Item, dtype: str) -> int:
     """Bytes of the latent cache of one item in a number format ("float32", "float16", "bfloat16"), header included."""
-    width, height = item.bucket.width // SPATIAL_FACTOR, item.bucket.height // SPATIAL_FACTOR
+    return shape_bytes(item.frames, item.bucket.width, item.bucket.height, dtype)
+
+
+def shape_bytes(frames: int, width: int, height: int, dtype: str) -> int:
+    """`latent_bytes` of a clip of so many frames of so many pixels."""
     # The clip, and its first and last frame as single images.
-    frames = latent_frames(item.frames) + 2
-    return CHANNELS * frames * height * width * _ELEMENT_BYTES[dtype] + _HEADER_BYTES
+    latents = (latent_frames(frames) + 2) * (height // SPATIAL_FACTOR) * (width // SPATIAL_FACTOR)
+    return CHANNELS * latents * _ELEMENT_BYTES[dtype] + _HEADER_BYTES
 
 
 def text_bytes(max_tokens: int = _CAPTION_TOKENS, width: int = _TEXT_WIDTH, dtype: str = "bfloat16") -> int:

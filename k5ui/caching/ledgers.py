@@ -9,7 +9,7 @@ from typing import Any
 
 from backend.config.dataset import DatasetConfig
 from backend.data.latent_request import latent_recipe
-from backend.data.ledger import DatasetLedger, check_dataset
+from backend.data.ledger import DatasetLedger, bytes_of, check_dataset
 from backend.data.recipes import LatentRecipe, TextRecipe
 from backend.data.sizes import text_bytes
 from backend.data.text_request import text_recipe
@@ -85,8 +85,8 @@ def recipes(form: Wanted, path: Path, settings: Settings) -> tuple[LatentRecipe,
 
 def _mean_text_size(ledgers: list[DatasetLedger]) -> int:
     """The mean size of the text caches that are there, in bytes; 0: there are none."""
-    sizes = [row.bytes for ledger in ledgers for row in ledger.texts if row.bytes]
-    return sum(sizes) // len(sizes) if sizes else 0
+    there = sum(len(ledger.texts) - ledger.text_states["missing"] for ledger in ledgers)
+    return sum(bytes_of(ledger.texts) for ledger in ledgers) // there if there else 0
 
 
 def _text_size(form: Wanted, settings: Settings, gpu: bool) -> int:

@@ -9,8 +9,9 @@ from typing import Any
 
 from backend.config.dataset import DatasetEntry
 from backend.data.cache_facts import MISSING, Verdict
-from backend.data.ledger import DatasetLedger, LatentRow, TextRow
-from backend.data.sizes import latent_bytes
+from backend.data.ledger import DatasetLedger, LatentRow, Row, TextRow, bytes_of, count_states, not_valid
+from backend.data.ledger_seal import Shape
+from backend.data.sizes import shape_bytes
 from k5ui.caching.pace import Work
 from k5ui.caching.request import Kind
 from k5ui.text.loader import Texts
@@ -51,7 +52,7 @@ class Todo:
     bytes: dict[Kind, int] = field(default_factory=lambda: {"cache_text": 0, "cache_latents": 0})
 
     def add(self, kind: Kind, work: Work, size: int) -> None:
-        """Add one item."""
+        """Add items."""
         self.work[kind] = self.work[kind] + work
         self.bytes[kind] += size
 
@@ -63,20 +64,20 @@ def count_todo(ledgers: Iterable[DatasetLedger], dtype: str, text_size: int, *, 
     """
     todo = Todo()
     for ledger in ledgers:
-        for row in ledger.latents:
-            if again or _pending(row.verdict):
-                bucket = row.item.bucket
-                size = bucket.width * bucket.height * row.item.frames / 1e6
-                todo.add("cache_latents", Work(1, size), latent_bytes(row.item, dtype))
-        for text in ledger.texts:
-            captioned = text.source is None or text.source.has_caption
-            if captioned and (again or _pending(text.verdict)):
-                todo.add("cache_text", Work(1, 1.0), text_size)
+        shapes = ledger.shapes if again else _pending_shapes(ledger)
+        for (frames, width, height), count in shapes.items():
+            work = Work(count, count * width * height * frames / 1e6)
+            todo.add("cache_latents", work, count * shape_bytes(frames, width, height, dtype))
+        unusable = [row for row in not_valid(ledger.texts) if not row.verdict.usable]
+        without = sum(row.source is not None and not row.source.has_caption for row in unusable)
+        count = (len(ledger.texts) if again else len(unusable)) - without
+        todo.add("cache_text", Work(count, float(count)), count * text_size)
     return todo
 
 
-def _pending(verdict: Verdict) -> bool:
-    return not verdict.usable
+def _pending_shapes(ledger: DatasetLedger) -> Counter[Shape]:
+    items = (row.item for row in not_valid(ledger.latents) if not row.verdict.usable)
+    return Counter((item.frames, item.bucket.width, item.bucket.height) for item in items)
 
 
 def entry_sheet(entry: DatasetEntry, ledger: DatasetLedger | None, problem: str | None, texts: Texts) -> dict[str, Any]:
@@ -119,14 +120,13 @@ def _skipped(ledger: DatasetLedger) -> list[dict[str, Any]]:
     ]
 
 
-def _bar(rows: Sequence[LatentRow] | Sequence[TextRow], texts: Texts) -> dict[str, Any]:
+def _bar(rows: Sequence[Row], texts: Texts) -> dict[str, Any]:
     """Counts by state, and every reason with the names of some of the items that it holds for."""
-    states: dict[str, int] = {}
+    pending = not_valid(rows)
     groups: dict[tuple[str, str], Counter[str]] = {}
-    for row in rows:
+    for row in pending:
         verdict = row.verdict
-        states[verdict.state] = states.get(verdict.state, 0) + 1
-        if verdict.state == "valid" or verdict is MISSING or verdict.reasons == MISSING.reasons:
+        if verdict is MISSING or verdict.reasons == MISSING.reasons:
             continue
         if isinstance(row, TextRow) and row.source is not None and not row.source.has_caption:
             continue  # listed among the sources without a caption
@@ -138,9 +138,9 @@ def _bar(rows: Sequence[LatentRow] | Sequence[TextRow], texts: Texts) -> dict[st
     ]
     return {
         "total": len(rows),
-        "usable": sum(row.verdict.usable for row in rows),
-        "states": states,
-        "bytes": sum(row.bytes for row in rows),
+        "usable": len(rows) - sum(not row.verdict.usable for row in pending),
+        "states": {state: count for state, count in count_states(rows).items() if count},
+        "bytes": bytes_of(rows),
         "reasons": reasons,
     }
 

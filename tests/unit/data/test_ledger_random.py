@@ -12,15 +12,18 @@ from pathlib import Path
 import pytest
 
 import backend.data.ledger_index as index_module
-from backend.data.cache_names import INDEX_FILE, unconditional_cache_name
+from backend.data.cache_names import INDEX_FILE, SEAL_FILE, unconditional_cache_name
 from backend.data.columns import pack_tables, unpack_tables
 from backend.data.items import build_items
 from backend.data.ledger import DatasetLedger, check_dataset
+from backend.data.ledger_seal import ValidRows
 from backend.data.scan import scan_dataset
 from backend.data.stamps import stamp_of, stamps_of
 from tests.unit.data.dataset_folder import LATENTS, TEXT, add_video, cache_item, cache_text, look_at_text, make_entry
 
 SEQUENCES, CHANGES = 200, 5
+# What a check remembers for the next one.
+MEMORY = (INDEX_FILE, SEAL_FILE)
 
 
 class _World:
@@ -36,13 +39,13 @@ class _World:
         self.cache_all()
 
     def pick(self, pattern: str) -> Path | None:
-        found = sorted(path for path in self.folder.glob(pattern) if path.name != INDEX_FILE)
+        found = sorted(path for path in self.folder.glob(pattern) if path.name not in MEMORY)
         return self.random.choice(found) if found else None
 
     def settle(self) -> None:
         """Give what was written a time of its own: two changes within one tick of the clock have the same one."""
         for path in self.folder.glob("*/*"):
-            if path.name != INDEX_FILE and path.stat().st_mtime_ns not in self.times:
+            if path.name not in MEMORY and path.stat().st_mtime_ns not in self.times:
                 self.times.add(10**18 + len(self.times))
                 os.utime(path, ns=(1, 10**18 + len(self.times) - 1))
 
@@ -107,36 +110,79 @@ class _World:
             raw[self.random.randrange(len(raw))] ^= 1 << self.random.randrange(8)
             index.write_bytes(raw[: self.random.choice([len(raw), self.random.randrange(len(raw))])])
 
+    def damage_seal(self) -> None:
+        seal = self.folder / "cache" / SEAL_FILE
+        if seal.exists():
+            raw = seal.read_bytes()
+            kinds = [raw[: self.random.randrange(len(raw))], b"[]", b"{}", b'{"names": 1}', raw.replace(b"5", b"-5")]
+            seal.write_bytes(self.random.choice(kinds))
+
     def check(self) -> DatasetLedger:
         return check_dataset(self.entry, latents=self.latents, text=self.text)
 
     @property
     def changes(self) -> list[Callable[[], None]]:
-        once = [self.cache_all, self.damage_index, self.change_settings, self.change_recipe, self.swap]
+        once = [
+            self.cache_all,
+            self.damage_index,
+            self.damage_seal,
+            self.change_settings,
+            self.change_recipe,
+            self.swap,
+        ]
         return [*once, *2 * [self.edit_caption, self.touch, self.change_content, self.delete, self.damage, self.add]]
 
 
-def test_a_ledger_with_an_index_says_what_one_without_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ledger_that_remembers_says_what_one_says_that_reads_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index remembers parts, the seal that all was valid; both hold only for files with the stamps they had."""
     monkeypatch.setattr(index_module, "look_at", look_at_text)
     states: set[str] = set()
+    sealed = 0
     for seed in range(SEQUENCES):
         world = _World(tmp_path / str(seed), seed)
-        index = world.folder / "cache" / INDEX_FILE
+        memory = [world.folder / "cache" / name for name in MEMORY]
         done: list[str] = []
         for _ in range(CHANGES):
             change = world.random.choice(world.changes)
             change()
             world.settle()
             done.append(change.__name__)
-            warm = world.check()
+            # The first sees the change; the second may find the seal of the first.
+            ledgers = [world.check(), world.check()]
             # What was remembered stays for the next change, so that it may grow old.
-            index.rename(index.with_suffix(".kept"))
+            kept = [path.rename(path.with_suffix(".kept")) for path in memory if path.exists()]
             cold = world.check()
-            index.with_suffix(".kept").replace(index)
-            assert warm == cold, f"seed {seed}: {done}"
-            states.update(row.verdict.state for row in (*warm.latents, *warm.texts))
+            for path in memory:
+                path.unlink(missing_ok=True)
+            for path in kept:
+                path.rename(path.with_suffix(".json"))
+            for warm in ledgers:
+                sealed += isinstance(warm.latents, ValidRows)
+                assert (warm.latent_states, warm.text_states) == (cold.latent_states, cold.text_states), done
+                assert (warm.bytes, warm.ready, warm.shapes) == (cold.bytes, cold.ready, cold.shapes), done
+                assert warm == cold, f"seed {seed}: {done}"
+                states.update(row.verdict.state for row in (*warm.latents, *warm.texts))
         shutil.rmtree(world.folder)
     assert states == {"valid", "stale", "broken", "missing"}
+    assert sealed > SEQUENCES / 4
+
+
+def test_a_seal_waits_until_the_files_are_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that was written a moment ago may be written again within one tick of the clock, with the same stamp."""
+    monkeypatch.setattr(index_module, "look_at", look_at_text)
+    world = _World(tmp_path, 0)
+    seal = tmp_path / "cache" / SEAL_FILE
+    for path in tmp_path.glob("*/*"):
+        os.utime(path)
+    assert world.check().ready
+    assert not seal.exists()
+    world.cache_all()
+    world.settle()
+    assert isinstance(world.check().latents, list)
+    assert seal.exists()
+    assert isinstance(world.check().latents, ValidRows)
 
 
 def test_stamps_of_many_are_those_of_each(tmp_path: Path) -> None:
