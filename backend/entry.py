@@ -89,7 +89,7 @@ def _report(error: BaseException, journal: EventSink, reporter: Reporter, run_di
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 0
     if isinstance(error, Stopped):
-        journal.emit("stopped", reason=str(error))
+        journal.emit("stopped", reason=str(error), **error.facts)
         print(str(error), file=sys.stderr)
         return Stopped.exit_code
     if isinstance(error, KeyboardInterrupt):

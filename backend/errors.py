@@ -48,7 +48,7 @@ class UserError(Problems):
 
 
 class EngineError(K5Error):
-    """A fault of the engine in one of its phases (load, text, vae, denoise, decode, save)."""
+    """A fault of the engine in one of its phases (load, text, vae, denoise, decode, train, save)."""
 
     def __init__(self, message: str, phase: str) -> None:
         super().__init__(message)
@@ -57,6 +57,10 @@ class EngineError(K5Error):
 
 
 class Stopped(K5Error):
-    """Somebody asked the engine to stop, and it did so between two steps."""
+    """Somebody asked the engine to stop, and it did so between two steps; `facts` go into the journal's record."""
 
     exit_code = 0
+
+    def __init__(self, message: str, **facts: int | str) -> None:
+        super().__init__(message)
+        self.facts = facts

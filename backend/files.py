@@ -63,6 +63,21 @@ def atomic_path(final: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def share_like_others(path: Path) -> None:
+    """Give a file the permissions that any new file of this process has.
+
+    The safetensors library makes files that only their owner can read, so that another program under another name
+    (a server of workflows, a share in the network) would not find the LoRA that lies before it.
+    """
+    # Python can read the mask of permissions only by setting it, which all threads would notice.
+    try:
+        status = Path("/proc/self/status").read_text("ascii", "replace")
+        mask = int(status.partition("\nUmask:")[2].split()[0], 8)
+    except (OSError, ValueError, IndexError):
+        mask = 0o022  # what systems without that file begin with
+    os.chmod(path, 0o666 & ~mask)
+
+
 def write_problem(error: OSError, path: Path, field: str | None = None) -> Exception:
     """Turn an OSError of writing `path` into the sentence that a person needs; unknown ones are returned unchanged."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

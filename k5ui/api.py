@@ -21,7 +21,9 @@ from backend.jobs.facts import EVENTS_FILE, LOG_FILE
 from backend.jobs.store import Run
 from k5ui.caching_api import caching_routes
 from k5ui.dataset_api import dataset_routes
+from k5ui.live_api import live_routes
 from k5ui.services import Services
+from k5ui.training_api import training_routes
 
 MAX_LOG_BYTES = 64 << 10
 _LARGEST = 2**53
@@ -82,7 +84,9 @@ def router(services: Services) -> APIRouter:
         return media_response(services, media, download)
 
     routes.include_router(caching_routes(services, Json))
+    routes.include_router(training_routes(services, Json))
     routes.include_router(dataset_routes(services, Json))
+    routes.include_router(live_routes(services, Json))
 
     @routes.api_route("/{rest:path}", methods=["GET", "HEAD"])
     def nothing(rest: str) -> Response:

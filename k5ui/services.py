@@ -33,6 +33,8 @@ from k5ui.media import MediaIds
 from k5ui.requests import Intake, seeds
 from k5ui.roots import Roots
 from k5ui.settings import Settings
+from k5ui.training.desk import TrainingDesk
+from k5ui.training.live import LiveTrainings
 from k5ui.views import RunPages
 
 MAX_COUNT = 64
@@ -67,6 +69,8 @@ class Services:
         self.device = DeviceMonitor()
         self.pages = RunPages(self.media)
         self.caching = CachingDesk(self)
+        self.training = TrainingDesk(self)
+        self.live = LiveTrainings(self)
         cache = self.workspace / "cache" / "text"
         draft_run = self.store.runs_folder / "new"
         self._intake = Intake(self.settings, self.roots, self.upload_folder, cache, draft_run)

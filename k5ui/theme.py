@@ -14,9 +14,15 @@ SCRIPTS = (
     "core.js",
     "header.js",
     "form.js",
+    "vendor/uplot/uPlot.iife.min.js",
+    "chart.js",
     "player.js",
     "stage.js",
     "runs.js",
+    "training_live_chart.js",
+    "training_live_samples.js",
+    "training_live_compare.js",
+    "training_live.js",
     "dataset.js",
     "dataset_dialogs.js",
     "dataset_settings.js",
@@ -28,8 +34,11 @@ SCRIPTS = (
     "dataset_toml.js",
     "caching_ledger.js",
     "caching.js",
+    "training_form_fields.js",
+    "training_form_parts.js",
+    "training.js",
 )
-STYLES = ("k5.css", "dataset.css", "caching.css")
+STYLES = ("k5.css", "dataset.css", "caching.css", "training.css", "vendor/uplot/uPlot.min.css", "training_live.css")
 _SANS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]
 _MONO = ["ui-monospace", "SF Mono", "Menlo", "Consolas", "monospace"]
 

@@ -14,6 +14,7 @@ from k5ui.tabs.dataset import DatasetTab
 from k5ui.tabs.generate import GenerateTab
 from k5ui.tabs.runs import RunsTab
 from k5ui.tabs.settings import SettingsTab
+from k5ui.tabs.training import TrainingTab
 from k5ui.text.loader import Words
 from k5ui.theme import make_css, make_head, make_theme
 
@@ -38,6 +39,8 @@ def build(services: Services) -> gr.Blocks:
                 DatasetTab(services)
             with words.say(gr.Tab(id="caching", elem_id="k5-tab-caching"), label="tab.caching"):
                 CachingTab(services, words)
+            with words.say(gr.Tab(id="training", elem_id="k5-tab-training"), label="tab.training"):
+                training = TrainingTab(services)
             with words.say(gr.Tab(id="runs", elem_id="k5-tab-runs"), label="tab.runs"):
                 runs = RunsTab(services)
             with words.say(gr.Tab(id="settings", elem_id="k5-tab-settings"), label="tab.settings") as settings_tab:
@@ -48,7 +51,16 @@ def build(services: Services) -> gr.Blocks:
         def clone(event: gr.EventData) -> dict[Any, Any]:
             return generate.clone(event_values(event).get("run"))
 
+        def use_lora(event: gr.EventData) -> Any:
+            sent = event_values(event)
+            try:
+                return generate.use_lora(*services.live.lora(str(sent.get("run")), str(sent.get("saved"))))
+            except Problems:  # gone since the page was drawn; the list of files says so at its next look
+                return gr.skip()
+
         runs.runs.clone(clone, None, generate.outputs(), **_QUIET)
+        for view in (runs.runs, training.live):
+            view.lora(use_lora, None, generate.outputs(), **_QUIET)
         page.load(generate.load, None, generate.outputs(), **_QUIET)
         settings_tab.select(settings.load, None, settings.outputs(), **_QUIET)
     return page

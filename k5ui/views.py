@@ -18,11 +18,13 @@ CLIP_KINDS = ("video", "image")
 _OUTPUT_FIELDS = ("kind", "width", "height", "frames", "fps", "seconds", "seed", "prompt", "item")
 _RUN_FIELDS = (
     *("id", "kind", "title", "phase", "step", "total", "unit", "item", "items", "item_name"),
-    *("seconds_per_step", "remaining_seconds"),
+    *("seconds_per_step", "remaining_seconds", "epoch", "epochs", "loss"),
     *("created", "started", "ended", "seconds", "message", "problems", "queue_position", "stop_requested"),
 )
 _DETAIL_FIELDS = ("warnings", "exit_code", "signal", "stalled_seconds", "silent_seconds", "gap", "log_tail", "attempt")
 _CACHED_RUNS = 2000
+#: A training may have thousands of samples; the lists of runs show the newest, the live view all.
+_LISTED_SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,10 @@ class RunPages:
         return self.summary(run, view) | extra | {"options_toml": text}
 
     def outputs(self, view: RunView) -> list[dict[str, Any]]:
-        """What the run has made and the page can show, oldest first; files that are gone or elsewhere are left out."""
-        shown = (self.output(view.id, sample) for sample in view.outputs)
+        """What the run has made and the page can show, oldest first; files that are gone or elsewhere are left out, and
+        of a training all samples but the newest."""
+        listed = view.outputs[-_LISTED_SAMPLES:] if view.kind == "train" else view.outputs
+        shown = (self.output(view.id, sample) for sample in listed)
         return [output for output in shown if output is not None]
 
     def output(self, run_id: str, sample: dict[str, Any]) -> dict[str, Any] | None:
@@ -103,7 +107,9 @@ class RunPages:
         }
 
     def clips(self, run: Run, view: RunView) -> list[dict[str, Any]]:
-        """The videos and images of a run, newest first, as GET /api/clips lists them."""
+        """The videos and images of a run, newest first, as GET /api/clips lists them; samples of trainings are none."""
+        if view.kind == "train":
+            return []
         task = view.task or _Asked(self.options_of(run)).text("task") or ""
         about = {
             "task": task,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from backend.config.lora_methods import other_method, refusal
 from backend.config.safetensors_header import Header, TensorInfo, read_header
 from backend.errors import UserError
 
@@ -190,7 +191,11 @@ def identify(path: str | Path) -> CheckpointInfo:
     parameters = sum(info.elements for info in names.values())
     dtype = _main_dtype(names.values())
     summary = f"{title}, {_amount(parameters)} parameters, {dtype}"
-    return CheckpointInfo(kind, None, None, parameters, dtype, "", summary, header, layout)
+    other = other_method(names) if kind in ("lora", "unknown") else None
+    if other is not None:
+        kind, summary = "lora", f"{other[0]}, {_amount(parameters)} parameters, {dtype}"
+    unsupported = f"{header.paths[0].name} is {refusal(*other)}" if other is not None else None
+    return CheckpointInfo(kind, None, None, parameters, dtype, "", summary, header, layout, unsupported)
 
 
 def compare_with_task(info: CheckpointInfo, task_config: TransformerConfig) -> list[str]:

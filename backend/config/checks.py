@@ -66,7 +66,7 @@ def check_weights(options: GenerateOptions) -> list[Problem]:
     decode_only = options.latent_path is not None
     example = f"{VAE_EXAMPLE} for {task.name}"
     if not decode_only:
-        problems += check_weight("dit", paths.dit, "dit", f"{task.checkpoint} for {task.name}", _fits_task(task))
+        problems += check_weight("dit", paths.dit, "dit", f"{task.checkpoint} for {task.name}", fits_task(task))
         problems += check_weight("text_encoder_qwen", paths.text_encoder_qwen, "text_encoder", example)
         problems += check_weight("text_encoder_clip", paths.text_encoder_clip, "clip", example)
     if options.output_type != "latent" or (task.mode == "i2v" and not decode_only):
@@ -74,7 +74,9 @@ def check_weights(options: GenerateOptions) -> list[Problem]:
     return problems
 
 
-def _fits_task(task: TaskPreset) -> Callable[[CheckpointInfo], str | None]:
+def fits_task(task: TaskPreset) -> Callable[[CheckpointInfo], str | None]:
+    """Says of a DiT's header what does not fit `task`; None if all does."""
+
     def compare(info: CheckpointInfo) -> str | None:
         expected = KNOWN_ARCHITECTURES[task.architecture]
         if info.architecture == "custom" and info.config and info.config.in_channels == expected.in_channels:
@@ -135,6 +137,8 @@ def _check_loras(options: GenerateOptions) -> list[Problem]:
         except UserError as error:
             problems.append(Problem("lora_weight", error.message))
             continue
+        if info.unsupported and info.kind == "lora":
+            problems.append(Problem("lora_weight", info.unsupported))
         if info.kind != "lora":
             problems.append(
                 Problem("lora_weight", f"{Path(path).name} is {info.summary}, not a LoRA. Choose another file.")

@@ -12,7 +12,9 @@ from typing import Any
 from backend.config.cache import CacheLatentsOptions, CacheTextOptions, CheckDatasetOptions
 from backend.config.dataset_docs import DATASET_PAGE, dataset_page
 from backend.config.generate import GenerateOptions
+from backend.config.lora_tool import VERBS
 from backend.config.options import Options, OptionSpec, build_parser, specs
+from backend.config.train import TrainOptions
 from backend.files import write_atomic
 
 # The tools of the command line: module name below `backend` -> what it does, and its options.
@@ -21,6 +23,8 @@ TOOLS: Mapping[str, tuple[str, type[Options]]] = {
     "kandinsky5_check_dataset": ("Look a dataset over", CheckDatasetOptions),
     "kandinsky5_cache_latents": ("Cache latents", CacheLatentsOptions),
     "kandinsky5_cache_text_encoder_outputs": ("Cache captions", CacheTextOptions),
+    "kandinsky5_train_network": ("Train a LoRA", TrainOptions),
+    **{f"lora_tool {verb}": (f"LoRA tool: {text}", model) for verb, (text, model) in VERBS.items()},
 }
 
 OPTIONS_PAGE = Path(__file__).resolve().parents[2] / "docs" / "options.md"

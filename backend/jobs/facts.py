@@ -119,10 +119,11 @@ def _age(path: Path) -> float:
 
 def _requests(folder: Path) -> frozenset[str]:
     try:
-        names = os.listdir(folder / REQUESTS_FOLDER)
+        with os.scandir(folder / REQUESTS_FOLDER) as entries:
+            # A folder holds what was answered before.
+            return frozenset(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file())
     except OSError:
         return frozenset()
-    return frozenset(name for name in names if not name.startswith("."))
 
 
 def read_order(path: Path) -> list[str] | None:

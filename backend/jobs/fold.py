@@ -21,6 +21,7 @@ class Fold:
     """What a journal says so far. Times are seconds since 1970, durations seconds; None: the journal does not say.
 
     A `started` record begins a new attempt: its steps, errors and ends count, those of the attempt before do not.
+    A training (its steps have an `epoch`) keeps its step through the phases in between: samples, saving, validation.
     """
 
     offset: int = 0
@@ -46,6 +47,9 @@ class Fold:
     item_name: str = ""
     dataset: int | None = None
     unit: str = ""
+    epoch: int | None = None
+    epochs: int | None = None
+    loss: float | None = None
     terminal: str | None = None
     error: str = ""
     problems: list[dict[str, str | None]] = field(default_factory=list)
@@ -88,7 +92,7 @@ def _started(fold: Fold, record: dict[str, Any], moment: float) -> None:
     fold.started = moment
     fold.entry, fold.task = _text(record, "entry"), _text(record, "task")
     fold.phase = fold.message = fold.error = fold.item_name = fold.unit = ""
-    fold.step = fold.total = fold.item = fold.items = fold.dataset = None
+    fold.step = fold.total = fold.item = fold.items = fold.dataset = fold.epoch = fold.epochs = fold.loss = None
     fold.seconds_per_step = fold.remaining_seconds = fold.seconds = fold.terminal = None
     fold.problems, fold.finished_outputs = [], []
 
@@ -96,6 +100,8 @@ def _started(fold: Fold, record: dict[str, Any], moment: float) -> None:
 def _phase(fold: Fold, record: dict[str, Any], _: float) -> None:
     fold.phase = _text(record, "phase") or fold.phase
     fold.message = _text(record, "message")
+    if fold.epoch is not None:
+        return
     fold.step = fold.total = fold.seconds_per_step = fold.remaining_seconds = fold.dataset = None
     fold.item_name = fold.unit = ""
 
@@ -103,6 +109,8 @@ def _phase(fold: Fold, record: dict[str, Any], _: float) -> None:
 def _progress(fold: Fold, record: dict[str, Any], _: float) -> None:
     fold.phase = _text(record, "phase") or fold.phase
     fold.message = _text(record, "message") or fold.message
+    if fold.epoch is not None:
+        return
     fold.step, fold.total = whole_number(record.get("done")), whole_number(record.get("total"))
     rate = number(record.get("rate"))
     fold.seconds_per_step = 1.0 / rate if rate is not None and rate > 1e-9 else None
@@ -116,6 +124,11 @@ def _step(fold: Fold, record: dict[str, Any], _: float) -> None:
     fold.seconds_per_step = number(record.get("seconds_per_step"))
     fold.remaining_seconds = number(record.get("remaining_seconds"))
     fold.item, fold.items = whole_number(record.get("item")), whole_number(record.get("items"))
+    fold.epoch, fold.epochs = whole_number(record.get("epoch")), whole_number(record.get("epochs"))
+    loss = number(record.get("loss"))
+    fold.loss = fold.loss if loss is None else loss  # a skipped step has none; the last one stays
+    if fold.epoch is not None:
+        fold.unit = "steps"
 
 
 def _sample(fold: Fold, record: dict[str, Any], _: float) -> None:

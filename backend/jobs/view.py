@@ -29,11 +29,13 @@ from backend.jobs.facts import (
 from backend.jobs.fold import Fold
 from backend.jobs.process import ProcessIdentity, alive_since
 from backend.jobs.states import Evidence, JobState, Reason, decide
+from backend.jobs.supervisor import ENTRIES
 
 if TYPE_CHECKING:
     from backend.jobs.store import Run
 
 STOP_REQUESTS = frozenset({"stop", "stop_and_save", "stop_after_epoch"})
+_KINDS = {entry: kind for kind, entry in ENTRIES.items()}
 _CACHED_RUNS = 1000
 _MAX_OPTIONS_BYTES = 1_000_000
 
@@ -48,6 +50,8 @@ class RunView:
     missing or unreadable; `log_tail` is filled for crashes, interruptions, failed and slow starts. `seed` and `prompt`
     are those of the last sample, before it those of options.toml (a seed of -1 is not known yet). `step` and `total`
     count things of `unit` ("" for denoising steps); `item_name` is the one at work, `dataset` its [[datasets]] table.
+    `epoch` (from 1), `epochs` and `loss` (of the last step that had one) are those of a training. `kind` is that of the
+    program for runs that a terminal has made.
     """
 
     id: str
@@ -69,6 +73,9 @@ class RunView:
     item_name: str
     dataset: int | None
     unit: str
+    epoch: int | None
+    epochs: int | None
+    loss: float | None
     message: str
     problems: list[dict[str, str | None]]
     outputs: list[dict[str, Any]]
@@ -163,7 +170,7 @@ def _view(run: Run) -> RunView:
     tail = log_tail(run.folder) if reason not in (Reason.NONE, Reason.NOT_IN_QUEUE, Reason.KILLED_ON_REQUEST) else ""
     return RunView(
         id=run.id,
-        kind=run.kind,
+        kind=run.kind or _KINDS.get(fold.entry, ""),
         title=run.title,
         state=state,
         reason=reason,
@@ -181,6 +188,9 @@ def _view(run: Run) -> RunView:
         item_name=fold.item_name,
         dataset=fold.dataset,
         unit=fold.unit,
+        epoch=fold.epoch,
+        epochs=fold.epochs,
+        loss=fold.loss,
         message=_message(state, reason, facts, fold),
         problems=fold.problems if fold.terminal == "error" else [],
         outputs=fold.samples,

@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from backend.config.checkpoint import Header, TensorInfo, read_header
+from backend.config.lora_methods import other_method, refusal
 from backend.errors import UserError
-from backend.files import atomic_path, fingerprint
+from backend.files import atomic_path, fingerprint, share_like_others
 from backend.lora.alphas import FIELD, adapter_config
 
 LoraFormat = Literal["kohya", "diffusers", "comfyui"]
@@ -36,22 +37,6 @@ _KEY = re.compile(
     r"(?P<up>lora_up\.weight|lora\.up\.weight|lora_B(?:\.[^.]+)?\.weight)|"
     r"(?P<alpha>alpha))"
 )
-# Parts of a key, and how parts of a key start, that belong to other methods than a plain low-rank pair.
-_OTHER_METHODS = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "lora_mid": "LoRA for convolutions",
-    "diff": "a full weight difference",
-    "diff_b": "a full weight difference",
-}
-_OTHER_METHOD_STARTS = {
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "oft_": "OFT",
-    "boft_": "BOFT",
-    "vera_": "VeRA",
-    "lora_embedding_": "LoRA for embeddings",
-}
 _FLOAT_FORMATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _ADAPTER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 
@@ -153,18 +138,9 @@ def _read_header(path: Path) -> Header:
 
 
 def _refuse_other_methods(path: Path, keys: Iterable[str]) -> None:
-    for key in keys:
-        for part in key.split("."):
-            exact = _OTHER_METHODS.get(part)
-            method = exact or next(
-                (name for start, name in _OTHER_METHOD_STARTS.items() if part.startswith(start)), None
-            )
-            if method:
-                raise UserError(
-                    f"{path} is {method} ({key[:200]}), which is not supported. Use a plain LoRA (lora_down / lora_up "
-                    "or lora_A / lora_B), or merge this one with the software that made it.",
-                    FIELD,
-                )
+    found = other_method(keys)
+    if found is not None:
+        raise UserError(f"{path} is {refusal(*found)}", FIELD)
 
 
 def _collect(path: Path, header: Header) -> dict[str, dict[str, str]]:
@@ -283,6 +259,16 @@ def write_lora(
     Raises:
         UserError: the file cannot be written.
     """
+    tensors = lora_tensors(layers, format, dtype)
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={**_network_metadata(layers), **(metadata or {})})
+        share_like_others(temporary)
+
+
+def lora_tensors(
+    layers: Mapping[str, LoraWeights], format: LoraFormat = "kohya", dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Everything that `write_lora` puts into a file of `format`, by key: contiguous copies in CPU memory."""
     if format not in get_args(LoraFormat):
         raise ValueError(f"format must be one of {get_args(LoraFormat)}, not {format!r}.")
     if not layers:
@@ -292,8 +278,7 @@ def write_lora(
         for key, tensor in _named(name, weights, format).items():
             stored = tensor.dtype if key.endswith(".alpha") else dtype or tensor.dtype
             tensors[key] = tensor.detach().to(device="cpu", dtype=stored, copy=True).contiguous()
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={**_network_metadata(layers), **(metadata or {})})
+    return tensors
 
 
 def _named(name: str, weights: LoraWeights, format: LoraFormat) -> dict[str, Tensor]:

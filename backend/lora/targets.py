@@ -59,7 +59,14 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def resolve(file: LoraFile, targets: Mapping[str, Target]) -> dict[str, LoraWeights]:
-    """The pairs of `file` by the dotted names of the model's layers.
+    """The pairs of `file` by the dotted names of the model's layers; see `resolve_layers`."""
+    return resolve_layers(str(file.path), file.layers, targets)
+
+
+def resolve_layers(
+    source: str, layers: Mapping[str, LoraWeights], targets: Mapping[str, Target]
+) -> dict[str, LoraWeights]:
+    """The pairs of `layers`, which are named as in files, by the dotted names of the model's layers.
 
     kohya names are compared with every layer's name in underscores, dotted ones lose the prefixes that wrappers and
     other software put in front; no name is ever taken apart at its underscores.
@@ -68,12 +75,12 @@ def resolve(file: LoraFile, targets: Mapping[str, Target]) -> dict[str, LoraWeig
         UserError: the LoRA was made for another model of the family, entries that match no layer, shapes that do not
             fit, two entries for one layer; up to ten are listed.
     """
-    _refuse_other_width(file, targets)
+    _refuse_other_width(source, layers, targets)
     by_underscores = {name.replace(".", "_"): name for name in targets}
     found: dict[str, LoraWeights] = {}
     unmatched: list[str] = []
     wrong: list[str] = []
-    for stem, weights in file.layers.items():
+    for stem, weights in layers.items():
         name = _kohya_name(stem, by_underscores) if stem.startswith(KOHYA_PREFIX) else _dotted_name(stem, targets)
         if name is None:
             unmatched.append(stem)
@@ -89,14 +96,12 @@ def resolve(file: LoraFile, targets: Mapping[str, Target]) -> dict[str, LoraWeig
         found[name] = weights
     if unmatched:
         raise UserError(
-            f"{file.path}: {len(unmatched)} of {len(file.layers)} entries match no layer of the model. "
+            f"{source}: {len(unmatched)} of {len(layers)} entries match no layer of the model. "
             f"Use a LoRA that was trained for this model:{listing(unmatched)}",
             FIELD,
         )
     if wrong:
-        raise UserError(
-            f"{file.path} does not fit the model. Use a LoRA that was trained for it:{listing(wrong)}", FIELD
-        )
+        raise UserError(f"{source} does not fit the model. Use a LoRA that was trained for it:{listing(wrong)}", FIELD)
     return found
 
 
@@ -115,14 +120,14 @@ def _dotted_name(stem: str, targets: Mapping[str, Target]) -> str | None:
     return name
 
 
-def _refuse_other_width(file: LoraFile, targets: Mapping[str, Target]) -> None:
+def _refuse_other_width(source: str, layers: Mapping[str, LoraWeights], targets: Mapping[str, Target]) -> None:
     """A LoRA for a wider or narrower model of the family fails at every layer; say that in one sentence instead."""
     endings = (f".{_WIDTH_LAYER}", f"_{_WIDTH_LAYER.replace('.', '_')}")
-    widths = {weights.down.shape[1] for stem, weights in file.layers.items() if stem.endswith(endings)}
+    widths = {weights.down.shape[1] for stem, weights in layers.items() if stem.endswith(endings)}
     own = {target.shape[1] for name, target in targets.items() if name.endswith(f".{_WIDTH_LAYER}")}
     if len(widths) == 1 and len(own) == 1 and widths != own:
         made_for, here = (_model_words(sizes.pop()) for sizes in (widths, own))
-        raise UserError(f"{file.path} was made for {made_for}, this is {here}. Use a LoRA for this model.", FIELD)
+        raise UserError(f"{source} was made for {made_for}, this is {here}. Use a LoRA for this model.", FIELD)
 
 
 def _model_words(width: int) -> str:

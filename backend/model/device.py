@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 import torch
@@ -92,6 +94,15 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
+def used_memory(device: torch.device) -> int:
+    """Bytes that this process has had in use on `device` at most (on a CPU: that are resident now)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    return psutil.Process().memory_info().rss
+
+
 def empty_cache(device: torch.device) -> None:
     """Give cached but unused blocks of `device` back to the system; a CPU has none."""
     if device.type == "cuda":
@@ -104,6 +115,34 @@ def host_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """`tensor` in CPU memory; pinned when `device` can then copy it without waiting."""
     host = tensor.to(torch.device("cpu"))
     return host.pin_memory() if device.type == "cuda" and not host.is_pinned() else host
+
+
+def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of `tensor`, strides too, in CPU memory; from CUDA into pinned memory and without waiting for the device.
+
+    Such a copy may be given back to the device (its stream keeps the order), but not read before it is synchronised.
+    """
+    waits = tensor.device.type != "cuda"
+    host = torch.empty_like(tensor, device="cpu", pin_memory=not waits)
+    return host.copy_(tensor, non_blocking=not waits)
+
+
+@contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Give torch's global random generators (CPU and `device`) back the state that they had before the block."""
+    host_state, device_state = torch.get_rng_state(), None
+    if device.type == "cuda":
+        device_state = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        device_state = torch.mps.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(host_state)
+        if device_state is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(device_state, device)
+        elif device_state is not None:
+            torch.mps.set_rng_state(device_state)
 
 
 def compute_capability(device: torch.device) -> tuple[int, int] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,12 @@ from backend.model.nabla import (
 from backend.model.rope import RotaryCache
 
 MODEL_DTYPES = (torch.float32, torch.bfloat16)
+BlockRunner = Callable[..., Tensor]
+
+
+def run_block(block: nn.Module, hidden: Tensor, *arguments: Any) -> Tensor:
+    """How a block is run unless training asks for something else: it is called."""
+    return block(hidden, *arguments)
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,10 @@ class Kandinsky5Transformer(nn.Module):
     Formulas: the Kandinsky 5 reference model; agrees with diffusers' class of this family on the same state dict. The
     model computes in float32, or in bfloat16 with float32 islands (time, modulation, norms, gates, rotary), which no
     `.to(dtype)` undoes: it has the effect of `cast_policy`.
+
+    Attributes:
+        config: sizes of the model.
+        run_block: called with a block, its tokens and the rest of its arguments; returns the block's output.
     """
 
     def __init__(
@@ -62,6 +73,7 @@ class Kandinsky5Transformer(nn.Module):
         super().__init__()
         settings = AttentionSettings(attention or AttentionBackend("sdpa"), rope_bf16_rounding)
         self.config = config
+        self.run_block: BlockRunner = run_block
         self._dtype = torch.float32
         self._rotary = RotaryCache(config.axes_dims)
         self.time_embeddings = TimeEmbeddings(config.model_dim, config.time_dim)
@@ -149,7 +161,7 @@ class Kandinsky5Transformer(nn.Module):
         time_embed = self.time_embeddings(timesteps) + pooled.float()
         rotary = self._rotary.text(tokens.shape[1], tokens.device)
         for block in self.text_transformer_blocks:
-            tokens = block(tokens, time_embed, rotary, key_mask)
+            tokens = self.run_block(block, tokens, time_embed, rotary, key_mask)
         return TextState(tokens, time_embed, key_mask)
 
     def _predict(
@@ -167,7 +179,7 @@ class Kandinsky5Transformer(nn.Module):
         visual = fractal_flatten(patches) if fractal else patches.flatten(1, 3)
         rotary = self._rotary.visual(grid, (time_scale, row_scale, column_scale), latents.device, fractal=fractal)
         for block in self.visual_transformer_blocks:
-            visual = block(visual, text.tokens, text.time_embed, rotary, text.key_mask, sparse)
+            visual = self.run_block(block, visual, text.tokens, text.time_embed, rotary, text.key_mask, sparse)
         if fractal:
             visual = fractal_unflatten(visual, grid).flatten(1, 3)
         return self.out_layer(visual, text.time_embed, grid)

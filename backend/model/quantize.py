@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-import torch.nn.functional as functional
 from torch import nn
 
 from backend.model.dit import Kandinsky5Transformer
+from backend.model.frozen import frozen_linear
 
 FP8_MAX = 448.0
 """Largest finite value of float8_e4m3fn."""
@@ -16,6 +18,7 @@ class Fp8Linear(nn.Module):
     """A frozen Linear whose weight is float8_e4m3fn with one float32 scale for each output row.
 
     The scale maps the row's largest magnitude to 448; output = input @ (codes * scale)^T + bias in the input's dtype.
+    Gradients reach the input and nothing else; the dequantised weight is made again for them, never kept.
     """
 
     codes: torch.Tensor
@@ -32,8 +35,15 @@ class Fp8Linear(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Inputs [..., in_features] of any floating dtype -> [..., out_features] of the same dtype."""
-        weight = self.codes.to(inputs.dtype) * self.scale.to(inputs.dtype)
-        return functional.linear(inputs, weight, self.bias)
+        return frozen_linear(inputs, partial(self._weight, inputs.dtype), self.bias)
+
+    def _weight(self, dtype: torch.dtype) -> torch.Tensor:
+        return dequantise(self.codes, self.scale, dtype)
+
+
+def dequantise(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [out_features, in_features] that codes and scale of an `Fp8Linear` stand for, in `dtype`."""
+    return codes.to(dtype) * scale.to(dtype)
 
 
 def quantise_blocks(transformer: Kandinsky5Transformer) -> int:

@@ -7,10 +7,6 @@ at a time: text encoders, then the VAE for given images, then the DiT, then the 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +15,21 @@ import torch
 from backend.config.checks import check_generate, weight_paths
 from backend.config.generate import GenerateOptions
 from backend.config.prompts import ClipRequest, plan_clips
-from backend.config.tasks import TASKS, latent_frames
-from backend.errors import EngineError, K5Error, Problems, Stopped, UserError
+from backend.config.tasks import TASKS
+from backend.errors import Problems, Stopped
 from backend.model.attention import resolve_attention
 from backend.model.device import empty_cache, resolve_device, resolve_dtype
 from backend.progress import Reporter, StepMeter, StopRequest
-from backend.sampling.condition import GivenFrames, fit_image, load_image, normalise_first_frames
-from backend.sampling.denoise import TextCondition, denoise
+from backend.sampling.clip_vae import ClipVae
+from backend.sampling.clips import Clip, denoise_clip, finished_latents
 from backend.sampling.outputs import read_latent
+from backend.sampling.phases import phase
+from backend.sampling.prompt_embeds import check_text_sizes, embed_clips
 from backend.sampling.save import save_clip
-from backend.sampling.schedule import draw_noise, seeded_generator, sigma_grid
 from backend.sampling.settings import clip_settings, loras_record, weights_record
 from backend.sampling.transformer import SamplingTransformer
 from backend.text.cache import PromptEmbeds
-from backend.text.embed import embed_prompts
-from backend.vae.hunyuan import Vae, load_vae
-from backend.vae.tiling import SPATIAL_FACTOR, Tiling, choose_tiling, pixel_frames
+from backend.vae.tiling import SPATIAL_FACTOR, pixel_frames
 
 
 def generate(options: GenerateOptions, reporter: Reporter, run_dir: Path | None = None) -> list[str]:
@@ -55,38 +50,6 @@ def generate(options: GenerateOptions, reporter: Reporter, run_dir: Path | None 
     return reporter.outputs
 
 
-@contextmanager
-def _phase(reporter: Reporter, name: str, message: str) -> Iterator[None]:
-    """A phase of the run: announced, and named in whatever goes wrong inside it."""
-    reporter.phase(name, message)
-    try:
-        yield
-    except K5Error:
-        raise
-    except torch.OutOfMemoryError as error:
-        advice = "Use a smaller size, fewer frames, --fp8_base or --blocks_to_swap."
-        raise EngineError(f"The device ran out of memory while it worked on '{message}'. {advice}", name) from error
-    except (RuntimeError, ValueError, MemoryError, OSError) as error:
-        raise EngineError(f"{message}: {error}", name) from error
-
-
-@dataclass
-class _Clip:
-    """A clip on its way: its request, its given frames, and at last its latents."""
-
-    number: int
-    request: ClipRequest
-    given: GivenFrames | None = None
-    latents: torch.Tensor | None = None
-    notes: dict[str, Any] = field(default_factory=dict)
-
-    def draw_noise(self) -> tuple[torch.Tensor, torch.Generator]:
-        """The noise of its seed and the generator behind it; drawn when needed, as that of many clips is gigabytes."""
-        generator = seeded_generator(self.request.seed)
-        size = latent_frames(self.request.frames), self.request.height // 8, self.request.width // 8
-        return draw_noise(generator, *size), generator
-
-
 class _Run:
     """What making and mere decoding share: device, formats, the VAE that is loaded once, and the writing."""
 
@@ -97,35 +60,10 @@ class _Run:
         self.paths = weight_paths(options)
         self.device = resolve_device(options.device)
         self.dtype = resolve_dtype(options.dtype, self.device)
+        self.vae = ClipVae(self.paths.vae or "", self.device, self.dtype, options.vae_tiling, reporter)
         self.plan = plan_clips(options, run_dir)
         for notice in self.plan.notices:
             reporter.warning(notice)
-
-    @cached_property
-    def vae(self) -> Vae:
-        """The VAE, loaded at its first use and kept in CPU memory between uses."""
-        assert self.paths.vae is not None
-        self.reporter.phase("vae", "Loading the VAE")
-        return load_vae(self.paths.vae, device=torch.device("cpu"), dtype=self.dtype, tiling=Tiling())
-
-    @contextmanager
-    def vae_on_device(self, width: int, height: int, frames: int) -> Iterator[Vae]:
-        """The VAE on the device, cut as the options and the size of the clip ask for."""
-        self.vae.tiling = self.tiling(width, height, frames)
-        try:
-            yield self.vae.to(self.device)
-        finally:
-            self.vae.to(torch.device("cpu"))
-            empty_cache(self.device)
-
-    def tiling(self, width: int, height: int, frames: int) -> Tiling:
-        """--vae_tiling: auto follows the size, on cuts frames above 256 px, off decodes whole frames."""
-        chosen = choose_tiling(width, height, frames)
-        if self.options.vae_tiling == "off":
-            return Tiling(temporal_enabled=chosen.temporal_enabled, spatial_enabled=False)
-        if self.options.vae_tiling == "on":
-            return Tiling(spatial_enabled=True, spatial_tile=256, spatial_stride=192)
-        return chosen
 
     def write(self, clip: ClipRequest, latents: torch.Tensor, settings: dict[str, Any], number: int) -> None:
         """Decode (unless only latents are asked for) and write the files of one clip.
@@ -136,13 +74,10 @@ class _Run:
         pixels = None
         if self.options.output_type != "latent":
             message = f"Decoding clip {number}/{len(self.plan.clips)}" if len(self.plan.clips) > 1 else "Decoding"
-            with (
-                _phase(self.reporter, "decode", message),
-                self.vae_on_device(settings["width"], settings["height"], settings["frames"]) as vae,
-            ):
-                settings = settings | {"vae_tiling": vae.tiling.to_metadata()}
-                pixels = vae.decode(latents[None])[0]
-        with _phase(self.reporter, "save", "Writing"):
+            with phase(self.reporter, "decode", message):
+                pixels, tiling = self.vae.decode(latents)
+                settings = settings | {"vae_tiling": tiling.to_metadata()}
+        with phase(self.reporter, "save", "Writing"):
             for written in save_clip(clip, self.options, latents, pixels, settings):
                 self.reporter.sample(
                     written.path,
@@ -166,11 +101,11 @@ class _Generation(_Run):
         embeds = self._embed()
         clips = self._prepare_clips()
         self._stop_if_requested()
-        with _phase(self.reporter, "load", "Loading the DiT"):
+        with phase(self.reporter, "load", "Loading the DiT"):
             transformer = SamplingTransformer(
                 self.options, self.paths.dit or "", self.device, self.dtype, self.attention
             )
-        self._check_text_sizes(transformer, embeds)
+        check_text_sizes(transformer.config, embeds)
         if transformer.notice:
             self.reporter.warning(transformer.notice)
         self.records = weights_record(self.options), loras_record(self.options)
@@ -192,71 +127,37 @@ class _Generation(_Run):
             raise Stopped("Stopped as asked, before the first step.")
 
     def _embed(self) -> dict[str, PromptEmbeds]:
-        """Embeddings of every prompt of the run, negative prompts only where guidance uses them."""
-        texts = [clip.prompt for clip in self.plan.clips]
-        texts += [clip.negative_prompt for clip in self.plan.clips if abs(clip.guidance - 1.0) > 1e-6]
-        texts = list(dict.fromkeys(texts))
-        with _phase(
-            self.reporter, "text", "Reading the prompt" if len(self.plan.clips) == 1 else "Reading the prompts"
-        ):
-            embedded = embed_prompts(
-                texts,
-                qwen=self.paths.text_encoder_qwen or "",
-                clip=self.paths.text_encoder_clip or "",
+        message = "Reading the prompt" if len(self.plan.clips) == 1 else "Reading the prompts"
+        with phase(self.reporter, "text", message):
+            return embed_clips(
+                self.plan.clips,
+                self.paths,
                 device=self.device,
                 dtype=self.dtype,
-                cache_dir=text_cache_folder(self.options),
-                template="video",
-                max_length=self.task.max_text_tokens,
-                on_progress=lambda message, done, total: self.reporter.progress(done, total, "prompts", message),
-                on_warning=lambda text: self.reporter.warning(UserError(text, "prompt").problems[0]),
+                max_tokens=self.task.max_text_tokens,
+                cache_dir=self.options.text_cache_dir,
+                reporter=self.reporter,
             )
-        return dict(zip(texts, embedded, strict=True))
 
-    def _check_text_sizes(self, transformer: SamplingTransformer, embeds: dict[str, PromptEmbeds]) -> None:
-        config, sample = transformer.config, next(iter(embeds.values()))
-        pairs = (
-            ("text_encoder_qwen", sample.text.shape[-1], config.in_text_dim),
-            ("text_encoder_clip", sample.pooled.shape[-1], config.in_text_dim2),
-        )
-        for name, found, expected in pairs:
-            if found != expected:
-                raise UserError(
-                    f"gives {found} numbers a token, but this DiT was trained with {expected}. Choose its own encoder.",
-                    name,
-                )
-
-    def _prepare_clips(self) -> list[_Clip]:
+    def _prepare_clips(self) -> list[Clip]:
         """The given frames of each clip (image to video); one generator a clip, noise drawn first."""
         clips = []
         for number, request in enumerate(self.plan.clips, start=1):
-            clip = _Clip(number, request)
+            clip = Clip(number, request)
             if request.image is not None:
                 _, generator = clip.draw_noise()
-                with (
-                    _phase(self.reporter, "vae", "Encoding the image"),
-                    self.vae_on_device(request.width, request.height, 1) as vae,
-                ):
-                    first = self._encode(vae, request.image, "image", request, generator)
-                    last = request.image_last
-                    clip.given = GivenFrames(
-                        first, self._encode(vae, last, "image_last", request, generator) if last else None
-                    )
+                with phase(self.reporter, "vae", "Encoding the image"):
+                    clip.given = self.vae.encode_given(request, generator)
             clips.append(clip)
         return clips
 
-    def _encode(self, vae: Vae, path: str, name: str, request: ClipRequest, generator: torch.Generator) -> torch.Tensor:
-        pixels = fit_image(load_image(path, name), request.width, request.height)
-        latents = vae.encode(pixels.to(self.device, self.dtype), generator=generator)
-        return latents.permute(0, 2, 3, 4, 1).float().cpu()
-
     def _denoise_all(
-        self, transformer: SamplingTransformer, clips: list[_Clip], embeds: dict[str, PromptEmbeds]
+        self, transformer: SamplingTransformer, clips: list[Clip], embeds: dict[str, PromptEmbeds]
     ) -> StopRequest | None:
         """Denoise the clips in order; returns the request that ended it early, if one did."""
         meter = self.reporter.step_meter(len(clips), sum(clip.request.steps for clip in clips))
         for clip in clips:
-            with _phase(self.reporter, "denoise", f"Denoising: {clip.request.prompt[:80]}"):
+            with phase(self.reporter, "denoise", f"Denoising: {clip.request.prompt[:80]}"):
                 stop = self._denoise(transformer, clip, embeds, meter)
             if self.options.offload_dit_during_sampling and clip.latents is not None:
                 transformer.to_cpu()
@@ -268,14 +169,14 @@ class _Generation(_Run):
         return None
 
     def _denoise(
-        self, transformer: SamplingTransformer, clip: _Clip, embeds: dict[str, PromptEmbeds], meter: StepMeter
+        self, transformer: SamplingTransformer, clip: Clip, embeds: dict[str, PromptEmbeds], meter: StepMeter
     ) -> StopRequest | None:
-        request = clip.request
+        steps = clip.request.steps
         requests: list[StopRequest] = []
 
         def before_step(index: int) -> bool:
             if index:
-                meter.step(clip.number, index, request.steps)
+                meter.step(clip.number, index, steps)
             asked = self.reporter.requested()
             if asked is not None:
                 requests.append(asked)
@@ -283,38 +184,16 @@ class _Generation(_Run):
             return asked is not None
 
         meter.begin_clip()
-        given = clip.given and GivenFrames(
-            clip.given.first.to(self.device), clip.given.last.to(self.device) if clip.given.last is not None else None
-        )
-        latents = denoise(
-            transformer,
-            clip.draw_noise()[0].to(self.device),
-            self._condition(embeds[request.prompt]),
-            self._condition(embeds[request.negative_prompt]) if request.negative_prompt in embeds else None,
-            sigma_grid(request.steps, request.scheduler_scale).to(self.device),
-            request.guidance,
-            given,
-            before_step,
-            transformer.config.in_channels,
-        )
-        if requests:
-            if requests[0] == "stop" or clip.notes["stopped_at_step"] == 0:
-                return requests[0]
-        else:
-            meter.step(clip.number, request.steps, request.steps)
-        if given is not None:
-            latents = normalise_first_frames(latents)
-        if not bool(torch.isfinite(latents).all()):
-            raise EngineError("The model gave values that are not numbers. Use --dtype float32 or bfloat16.", "denoise")
-        clip.latents = latents[0].permute(3, 0, 1, 2).float().cpu().contiguous()
+        channels = transformer.config.in_channels
+        latents = denoise_clip(transformer, clip, embeds, self.device, self.dtype, channels, before_step)
+        if not requests:
+            meter.step(clip.number, steps, steps)
+        elif requests[0] == "stop" or clip.notes["stopped_at_step"] == 0:
+            return requests[0]
+        clip.latents = finished_latents(clip, latents)
         return requests[0] if requests else None
 
-    def _condition(self, embeds: PromptEmbeds) -> TextCondition:
-        return TextCondition(
-            embeds.text[None].to(self.device, self.dtype), embeds.pooled[None].to(self.device, self.dtype)
-        )
-
-    def _write_clip(self, clip: _Clip) -> None:
+    def _write_clip(self, clip: Clip) -> None:
         assert clip.latents is not None
         computed = {"device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")}
         computed |= {"attention": self.attention.name} | clip.notes
@@ -327,7 +206,7 @@ class _LatentDecoding(_Run):
 
     def run(self) -> None:
         assert self.options.latent_path is not None
-        with _phase(self.reporter, "load", "Reading the latents"):
+        with phase(self.reporter, "load", "Reading the latents"):
             latents, settings = read_latent(self.options.latent_path)
         # What the tensor itself says beats what the file's text says of it.
         frames, fps = pixel_frames(latents.shape[1]), self.options.fps
@@ -335,10 +214,3 @@ class _LatentDecoding(_Run):
         settings |= {"width": latents.shape[3] * SPATIAL_FACTOR, "height": latents.shape[2] * SPATIAL_FACTOR}
         settings |= {"frames": frames, "fps": fps, "seconds": round(frames / fps, 4)}
         self.write(self.plan.clips[0], latents, settings, 1)
-
-
-def text_cache_folder(options: GenerateOptions) -> Path:
-    """Where text embeddings are kept: the folder asked for, else the user's cache folder."""
-    if options.text_cache_dir is not None:
-        return Path(options.text_cache_dir)
-    return Path.home() / ".cache" / "k5-studio" / "text"

@@ -128,7 +128,7 @@
       if (run.remaining_seconds) parts.push(K5.t("js.left", { time: K5.seconds(run.remaining_seconds) }));
       return parts.join(" · ");
     }
-    if (run.phase && run.phase !== "denoise") return run.message || "";
+    if (run.phase && run.phase !== "denoise" && !(run.kind === "train" && run.total)) return run.message || "";
     if (run.total) parts.push(K5.t("js.step", { step: run.step || 0, total: run.total }));
     if (run.seconds_per_step) parts.push(K5.t("js.rate", { n: K5.rate(run.seconds_per_step) }));
     if (run.remaining_seconds) parts.push(K5.t("js.left", { time: K5.seconds(run.remaining_seconds) }));

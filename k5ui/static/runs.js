@@ -93,7 +93,7 @@
     return { box, add, clear };
   };
 
-  const makeDetails = (actions) => {
+  const makeDetails = (actions, makeView) => {
     const head = el("div.k5-row");
     const live = el("div.k5-live-line");
     const bar = el("i");
@@ -103,9 +103,26 @@
     const tools = el("div.k5-tools");
     const log = K5.makeLog();
     const options = el("pre.k5-log");
+    const plain = el("div.k5-details-plain", {}, el("div.k5-live-text", {}, live, el("div.k5-bar", {}, bar)), tools, outputs, troubles, facts,
+      el("h3.k5-heading", {}, t("js.log")), log.box);
+    const viewTools = el("div.k5-tools");
+    const viewPlace = el("div.k5-details-view", { hidden: true }, viewTools);
     const box = el("section.k5-details", { "aria-label": t("js.details") },
-      head, el("div.k5-live-text", {}, live, el("div.k5-bar", {}, bar)), tools, outputs, troubles, facts,
-      el("h3.k5-heading", {}, t("js.log")), log.box, el("details", {}, el("summary", {}, "options.toml"), options));
+      head, plain, viewPlace, el("details", {}, el("summary", {}, "options.toml"), options));
+    // A training is shown by the same live view as in its own tab; it is made when the first one is opened.
+    let view = null;
+    const showView = (run) => {
+      const wanted = run.kind === "train";
+      plain.hidden = wanted;
+      viewPlace.hidden = !wanted;
+      K5.toggle(box, "training", wanted);
+      if (!wanted) return;
+      if (!view) {
+        view = makeView();
+        viewPlace.append(view.box);
+      }
+      view.open(run.id);
+    };
     let id = null;
     let offset = 0;
     let state = "";
@@ -127,9 +144,12 @@
         active ? K5.sureButton(t("js.kill"), () => actions.kill(run.id), { kind: "plain", title: t("js.kill_title") }) : null,
         run.state === "queued" ? K5.button(t("js.dequeue"), () => actions.dequeue(run.id), { icon: "close" }) : null,
         run.kind === "generate" ? K5.button(t("js.clone"), () => actions.clone(run.id), { icon: "use", kind: "plain" }) : null,
-        active ? null : K5.sureButton(t("js.trash"), () => actions.trash(run.id), { icon: "trash", kind: "plain" }),
+        K5.button(t("js.live.compare_runs"), () => actions.compare(run.id), { kind: "plain" }),
+        active ? null : trash(run),
       ].filter(Boolean));
+      viewTools.replaceChildren(...[K5.button(t("js.live.compare_runs"), () => actions.compare(run.id), { kind: "plain" }), active ? null : trash(run)].filter(Boolean));
     };
+    const trash = (run) => K5.sureButton(t("js.trash"), () => actions.trash(run.id), { icon: "trash", kind: "plain" });
     const drawOnce = (run) => {
       const mark = JSON.stringify([run.state, run.outputs, run.problems, run.warnings, run.message]);
       if (mark === drawn) return;
@@ -164,6 +184,8 @@
         const run = await K5.get("runs/" + encodeURIComponent(asked));
         if (asked !== id) return;
         drawOnce(run);
+        showView(run);
+        if (run.kind === "train") return;
         const doing = [run.phase ? K5.phaseName(run) : K5.stateName(run.state), run.total || !K5.caches(run) ? K5.progressText(run) : "", run.item_name];
         set(live, K5.running(run.state) ? doing.filter(Boolean).join(" · ") : "");
         bar.style.width = (run.state === "finished" ? 100 : K5.percent(run)) + "%";
@@ -178,14 +200,17 @@
         if (String(error.message).endsWith("404") && asked === id) actions.close();
       }
     };
-    return { box, open, refresh, id: () => id, state: () => state };
+    return { box, open, refresh, offer: (runs) => view && view.offer(runs), id: () => id, state: () => state };
   };
 
   K5.parts.runs = (root, { server, trigger }) => {
     let at = 0;
     let busy = false;
     let version = null;
+    let runs = [];
+    let known = "";
     const open = (id) => {
+      known = "";
       details.open(id);
       table.mark(id);
       K5.toggle(root, "with-details", id);
@@ -201,10 +226,11 @@
         trigger("clone", { run: id });
         K5.openTab("generate");
       },
+      compare: (id) => K5.compareRuns(id, runs),
       close: () => open(null),
     };
     const table = makeTable(open);
-    const details = makeDetails(actions);
+    const details = makeDetails(actions, () => K5.trainingLive({ ask: (name, ...values) => K5.ask(server, name, ...values), trigger }));
     root.append(table.box, details.box);
     const refresh = async (now) => {
       if (busy || !K5.shown(root)) return;
@@ -213,11 +239,16 @@
       if (!now && !moving && Date.now() - at < 5000) return;
       busy = true;
       try {
-        table.show((await K5.get("runs?limit=200")).runs);
+        runs = (await K5.get("runs?limit=200")).runs;
+        table.show(runs);
         table.mark(details.id());
         version = status.version;
         at = Date.now();
         await details.refresh();
+        const trainings = runs.filter((run) => run.kind === "train");
+        const offered = JSON.stringify(trainings.map((run) => [run.id, run.state]));
+        if (offered !== known) details.offer(trainings);
+        known = offered;
       } catch (error) {
         at = 0; // the header says that the server is away; the next status asks again
       }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -148,6 +149,16 @@ class GenerateTab:
     def clone(self, run_id: object) -> dict[Component, Any]:
         """Fill the form with the settings of a run."""
         return self._restore({"run": run_id})
+
+    def use_lora(self, path: str, task: str) -> dict[Component, Any]:
+        """Put a LoRA file into the form, alone and with strength 1, and choose the model that it was trained for."""
+        texts = self.words.now
+        values = rules.restored(self.services.drafts.load(DRAFT))
+        if task in TASKS and task != values["task"]:
+            values |= {"task": task, **rules.task_values(TASKS[task])}
+        rows = [row for row in rules.lora_rows(values.get(rules.LORAS)) if row["path"] == path][:1]
+        values[rules.LORAS] = rows or [{"path": path, "strength": 1.0}]
+        return self._fill(values, note=texts("live.lora_used", name=Path(path).name))
 
     def _edited(self, data: Mapping[Component, Any]) -> Any:
         if not self._loaded(data):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from k5ui.text import caching_en, caching_ru, dataset_en, dataset_ru, en, ru
+from k5ui.text import caching_en, caching_ru, dataset_en, dataset_ru, en, live_en, live_ru, ru, training_en, training_ru
 
 Component = TypeVar("Component")
 
 LANGUAGES: dict[str, Mapping[str, str]] = {
-    "en": en.TEXTS | dataset_en.TEXTS | caching_en.TEXTS,
-    "ru": ru.TEXTS | dataset_ru.TEXTS | caching_ru.TEXTS,
+    "en": en.TEXTS | dataset_en.TEXTS | caching_en.TEXTS | live_en.TEXTS | training_en.TEXTS,
+    "ru": ru.TEXTS | dataset_ru.TEXTS | caching_ru.TEXTS | live_ru.TEXTS | training_ru.TEXTS,
 }
 HELP: dict[str, Mapping[str, str]] = {"en": {}, "ru": ru.HELP}
 

@@ -1,5 +1,7 @@
 """An engine without torch: the flags, events and files of a generation, for tests of everything around the engine.
 
+Options of a training (`max_train_steps`, `output_name` ...) play a training instead: tests/fakes/training_stub.py.
+
 Words in the prompt choose what happens: [slow] takes about twenty seconds, [crash] exits with 3, [kill] ends itself by
 SIGKILL, [hang] stops saying anything, [ignore-stop] ignores stop requests and SIGTERM, [fail] reports problems and
 exits with 2, [oom] reports a memory error and exits with 1, [child] starts a process of its own that sleeps for a
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from backend.events import Heartbeat, Journal
+from tests.fakes.training_stub import TrainingStub, is_training
 
 ENTRY = "tests.fakes.engine_stub"
 SIZE = 8
@@ -49,6 +52,9 @@ def main() -> int:
     options = tomllib.loads(Path(arguments.config_file).read_text("utf-8"))
     with Journal(arguments.run_dir / "events.jsonl") as journal:
         with Heartbeat(journal, 0.2):
+            if is_training(options):
+                stub = TrainingStub(journal, arguments.run_dir, options)
+                return stub.play(ENTRY, png(SIZE, SIZE, int(options.get("seed", 42)) % 256))
             code = generate(journal, arguments.run_dir, options)
     return 4 if "[late]" in options.get("prompt", "") else code
 

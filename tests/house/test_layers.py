@@ -39,6 +39,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("backend.model", "backend.lora", "backend.text", "backend.vae", "backend.data"),
         *("backend.caching", "backend.sampling", "backend.training"),
     ),
+    "backend.lora_tool": (*WORKING, "backend.entry", "backend.model", "backend.lora"),
     "backend.demo": (
         *WORKING,
         *("backend.model", "backend.lora", "backend.text", "backend.vae", "backend.data"),

@@ -147,7 +147,7 @@ def test_a_full_disk_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_folder_that_vanishes_while_the_engine_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from backend.sampling import generate as module
+    from backend.sampling import clips as module
 
     original = module.denoise
 

@@ -22,7 +22,8 @@ from backend.config.tasks import DEMO_WEIGHTS
 from backend.events import read_events
 from backend.files import fingerprint
 from backend.progress import StepMeter
-from backend.sampling import generate as generate_module
+from backend.sampling import clip_vae as vae_module
+from backend.sampling import clips as clips_module
 from backend.sampling import transformer as transformer_module
 from backend.sampling.condition import normalise_first_frames
 from backend.sampling.outputs import read_latent
@@ -194,7 +195,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     for name, owner, attribute in (
         ("qwen", encoders.QwenEncoder, "__init__"), ("clip", encoders.ClipEncoder, "__init__"),
-        ("dit", transformer_module, "load_transformer"), ("vae", generate_module, "load_vae"),
+        ("dit", transformer_module, "load_transformer"), ("vae", vae_module, "load_vae"),
     ):  # fmt: skip
         monkeypatch.setattr(owner, attribute, counted(name, getattr(owner, attribute)))
     return counts
@@ -253,13 +254,13 @@ def test_a_repeated_prompt_loads_no_encoder(base: torch.Tensor, work: Path, repo
 def test_given_images_are_in_the_result(work: Path, monkeypatch: pytest.MonkeyPatch, last: bool) -> None:
     """Trap B9: the last image is used, and given frames are put back after the last step."""
     seen: list[Any] = []
-    original = generate_module.denoise
+    original = clips_module.denoise
 
     def watched(*arguments: Any) -> torch.Tensor:
         seen.append(arguments[6])
         return original(*arguments)
 
-    monkeypatch.setattr(generate_module, "denoise", watched)
+    monkeypatch.setattr(clips_module, "denoise", watched)
     for name, colour in (("first", (200, 30, 30)), ("last", (30, 30, 200))):
         Image.new("RGB", (80, 64), colour).save(work / f"{name}.png")
     words = ["--task", "k5-demo-i2v", "--image", str(work / "first.png"), "--frames", "17"]
@@ -278,13 +279,13 @@ def test_long_clips_from_an_image_are_matched_to_their_later_frames(
 ) -> None:
     """Trap B9: the normalisation of the first frames runs after the loop, for 9 latent frames and more."""
     kept: list[torch.Tensor] = []
-    original = generate_module.denoise
+    original = clips_module.denoise
 
     def watched(*arguments: Any) -> torch.Tensor:
         kept.append(original(*arguments))
         return kept[0]
 
-    monkeypatch.setattr(generate_module, "denoise", watched)
+    monkeypatch.setattr(clips_module, "denoise", watched)
     Image.new("RGB", (64, 64), (200, 30, 30)).save(work / "red.png")
     words = ("--task", "k5-demo-i2v", "--image", str(work / "red.png"), "--frames", "33", "--steps", "1")
     found = _one(work, "long i2v", *words)
@@ -383,7 +384,7 @@ def _broken(error: BaseException) -> Callable[..., Any]:
 
 
 def test_a_fault_of_the_engine_names_its_phase_and_exits_with_1(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate_module, "denoise", _broken(RuntimeError("shapes do not match")))
+    monkeypatch.setattr(clips_module, "denoise", _broken(RuntimeError("shapes do not match")))
     run = run_command(work / "fault", *LATENT, "--prompt", PROMPT)
     assert run.code == 1
     (error,) = run.of("error")
@@ -394,14 +395,14 @@ def test_a_fault_of_the_engine_names_its_phase_and_exits_with_1(work: Path, monk
 
 
 def test_running_out_of_memory_says_what_helps(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate_module, "denoise", _broken(torch.OutOfMemoryError("no memory")))
+    monkeypatch.setattr(clips_module, "denoise", _broken(torch.OutOfMemoryError("no memory")))
     run = run_command(work / "memory", *LATENT, "--prompt", PROMPT)
     assert run.code == 1
     assert "--fp8_base" in run.of("error")[0]["message"]
 
 
 def test_numbers_that_are_none_are_never_written(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate_module, "denoise", lambda _, noise, *__: noise * float("nan"))
+    monkeypatch.setattr(clips_module, "denoise", lambda _, noise, *__: noise * float("nan"))
     run = run_command(work / "nan", *LATENT, "--prompt", PROMPT)
     assert run.code == 1
     assert "not numbers" in run.of("error")[0]["message"]
@@ -410,7 +411,7 @@ def test_numbers_that_are_none_are_never_written(work: Path, monkeypatch: pytest
 
 
 def test_the_keyboard_stops_with_130(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate_module, "denoise", _broken(KeyboardInterrupt()))
+    monkeypatch.setattr(clips_module, "denoise", _broken(KeyboardInterrupt()))
     run = run_command(work / "keyboard", *LATENT, "--prompt", PROMPT)
     assert run.code == 130
     assert run.events[-1]["type"] == "stopped"
@@ -420,7 +421,7 @@ def test_the_keyboard_stops_with_130(work: Path, monkeypatch: pytest.MonkeyPatch
 def test_without_a_run_folder_the_traceback_goes_into_a_file(
     work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(generate_module, "denoise", _broken(RuntimeError("broken")))
+    monkeypatch.setattr(clips_module, "denoise", _broken(RuntimeError("broken")))
     monkeypatch.setattr("tempfile.tempdir", str(work))
     words = [*LATENT, "--prompt", PROMPT, "--text_cache_dir", str(work / "text"), "--output", str(work / "x.mp4")]
     assert kandinsky5_generate_video.main(words) == 1

@@ -25,6 +25,8 @@ VERBS = {
     *("set_caption", "change_captions", "undo_captions", "redo_captions", "exclude"),
     *("check", "ignore_findings", "fix_finding"),
     *("cache", "prune", "change"),
+    *("set_train", "preset_train", "import_train", "start_train", "clone_train", "resume_train", "reset_train"),
+    *("undo_train", "ask_train"),
 }
 
 

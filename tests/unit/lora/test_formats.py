@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +42,18 @@ def _kohya(name: str = QUERY, rank: int = 4) -> dict[str, Tensor]:
     down, up = _pair(rank)
     stem = "lora_unet_" + name.replace(".", "_")
     return {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(2.0)}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of another kind")
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_other_programs_may_read_a_lora_if_they_may_read_other_new_files(file: Path, mask: int) -> None:
+    """The safetensors library writes files for their owner alone."""
+    before = os.umask(mask)
+    try:
+        write_lora(file, random_lora(skeleton(), rank=2))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~mask
 
 
 @pytest.mark.parametrize("file_format", FORMATS)

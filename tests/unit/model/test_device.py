@@ -7,7 +7,15 @@ import torch
 
 from backend.errors import UserError
 from backend.model import device as module
-from backend.model.device import default_dtype, empty_cache, free_memory, resolve_device, resolve_dtype
+from backend.model.device import (
+    copy_to_host,
+    default_dtype,
+    empty_cache,
+    free_memory,
+    random_state_kept,
+    resolve_device,
+    resolve_dtype,
+)
 
 CPU = torch.device("cpu")
 
@@ -54,3 +62,33 @@ def test_number_formats_by_name() -> None:
     assert resolve_dtype(None, CPU) == torch.float32
     with pytest.raises(UserError, match="float32 or bfloat16"):
         resolve_dtype("float16", CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_for_the_host_has_the_same_bits_and_strides_in_memory_of_its_own(dtype: torch.dtype) -> None:
+    tensor = torch.randn(3, 5, 4).to(dtype).transpose(0, 2)
+    copied = copy_to_host(tensor)
+    assert torch.equal(copied, tensor)
+    assert (copied.stride(), copied.dtype) == (tensor.stride(), dtype)
+    tensor.zero_()
+    assert bool(copied.any())
+
+
+def test_random_numbers_go_on_as_if_the_block_had_drawn_none() -> None:
+    torch.manual_seed(1)
+    expected = torch.randn(3)
+    torch.manual_seed(1)
+    with pytest.raises(KeyError), random_state_kept(CPU):
+        torch.manual_seed(7)
+        torch.randn(100)
+        raise KeyError
+    assert torch.equal(torch.randn(3), expected)
+
+
+def test_the_generator_of_an_accelerator_is_kept_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = {"now": torch.tensor([1])}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states["now"].clone())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update(now=state))
+    with random_state_kept(torch.device("cuda:0")):
+        states["now"] = torch.tensor([2])
+    assert states["now"].tolist() == [1]
