@@ -139,7 +139,8 @@ TEXTS = {
     "train.preset.pro24": "Pro, 24 GB",
     "train.preset.pro80": "Pro, 80 GB",
     "train.preset.i2v": "Image to video",
-    "train.preset_text.demo": "The embedded tiny model on any computer: high learning rate, small rank, 600 steps.",
+    "train.preset_text.demo": "The embedded tiny model on any computer: in 300 such steps it learned "
+    "to draw something new (docs/training.md).",
     "train.preset_text.quick": "30 steps with the chosen model, to see that everything works before a long run. "
     "It teaches next to nothing.",
     "train.preset_text.pro24": "Style or character for Pro T2V, meant for one 24 GB card (not measured here): 8-bit "

@@ -23,8 +23,9 @@ PRESETS: tuple[Preset, ...] = (
     Preset(
         "demo",
         {
-            "task": "k5-demo-t2v", "network_dim": 16, "learning_rate": 2e-3, "max_train_steps": 600,
-            "save_every_n_steps": 200, "save_state": True, "sample_every_n_steps": 100,
+            "task": "k5-demo-t2v", "network_dim": 16, "learning_rate": 2e-3, "lr_scheduler": "cosine",
+            "lr_warmup_steps": "20", "discrete_flow_shift": 3.0, "max_train_steps": 300, "save_every_n_steps": 100,
+            "save_state": True, "sample_every_n_steps": 50,
         },
     ),
     Preset(
