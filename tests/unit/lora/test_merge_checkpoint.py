@@ -142,7 +142,8 @@ def test_another_precision_is_one_rounding_of_the_exact_sum(tmp_path: Path, lora
 def test_what_cannot_be_merged_is_refused_and_leaves_nothing(tmp_path: Path, loras: list, trouble: str) -> None:
     """Traps T8 and B11 again: 8-bit codes are refused, with and without scales."""
     path, precision = loras[0][0], None
-    weights = dict(random_weights(SMALL_HEADS))
+    # Copies: the random weights are shared by all tests of a run.
+    weights = {name: tensor.clone() for name, tensor in random_weights(SMALL_HEADS).items()}
     key = "visual_transformer_blocks.0.self_attention.to_query.weight"
     if trouble == "fp8":
         weights[key] = weights[key].to(torch.float8_e4m3fn)
