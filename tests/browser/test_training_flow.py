@@ -50,7 +50,7 @@ def fill_form(studio: Studio) -> Page:
     type_into(page, "#k5-t-learning_rate", "0.002")
     type_into(page, "#k5-t-box-max_train_epochs input", str(STEPS))
     type_into(page, "#k5-t-prompts", "a street with bicycles --d 1 --s 3\na rabbit --d 2 --s 3")
-    type_into(page, "#k5-t-box-sample_every_n_epochs input", "5")
+    type_into(page, "#k5-t-box-sample_every_n_epochs input", "10")
     expect(page.locator("#k5-train-start")).not_to_contain_text("left")
     page.evaluate("document.addEventListener('k5-training-run', (event) => (window.startedRun = event.detail.run))")
     return page
@@ -75,7 +75,9 @@ def records(server: Server, run: str, kind: str) -> list[dict[str, Any]]:
     return [record for record in map(json.loads, lines) if record["type"] == kind]
 
 
-def test_start_watch_reload_stop_resume_finish_generate(dataset: Path, studio: Studio, server: Server) -> None:
+def test_start_watch_reload_stop_resume_finish_generate(
+    dataset: Path, studio: Studio, server: Server, pictures: Path
+) -> None:
     page = fill_form(studio)
     first = start(page)
     view = page.locator(".k5-training-live .k5-training-view")
@@ -106,6 +108,13 @@ def test_start_watch_reload_stop_resume_finish_generate(dataset: Path, studio: S
 
     studio.tab("training")
     page.select_option(".k5-which select", value=second)
+    view.get_by_label("Include earlier attempts").check()
+    expect(view.locator(".k5-samples video").first).to_be_visible()
+    page.wait_for_timeout(1000)
+    page.screenshot(path=pictures / "training-live.png")
+    view.locator(".k5-samples").scroll_into_view_if_needed()
+    page.wait_for_timeout(500)
+    page.screenshot(path=pictures / "training-samples.png")
     page.get_by_role("button", name="Generate with this").first.click()
     lora = os.fspath(server.workspace / "runs" / second / "checkpoints" / "flow.safetensors")
     expect(page.locator("#k5-loras .k5-lora-row input[type=text]")).to_have_value(lora)

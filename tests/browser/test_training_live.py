@@ -29,6 +29,14 @@ WATCH = """() => {
 }"""
 
 
+@pytest.fixture
+def drawn() -> Path:
+    """Where pictures of made-up runs go: never into the documentation."""
+    folder = REPOSITORY / "build" / "screenshots"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def clip(path: Path, shift: int) -> None:
     """Two seconds of a square that moves."""
     path.parent.mkdir(exist_ok=True)
@@ -176,7 +184,7 @@ def finished(server: Server) -> RunWriter:
     return run
 
 
-def test_curves_zoom_show_earlier_attempts_and_other_runs(finished: RunWriter, studio: Studio, pictures: Path) -> None:
+def test_curves_zoom_show_earlier_attempts_and_other_runs(finished: RunWriter, studio: Studio, drawn: Path) -> None:
     page = show(studio, finished.folder.name)
     view = page.locator(".k5-training-live .k5-training-view")
     expect(view.locator(".k5-readout")).to_contain_text("1,000")
@@ -206,7 +214,7 @@ def test_curves_zoom_show_earlier_attempts_and_other_runs(finished: RunWriter, s
         view.get_by_role("button", name=name, exact=True).click()
     page.mouse.move(0, 0)
     page.wait_for_timeout(500)
-    page.screenshot(path=pictures / "training-live.png")
+    page.screenshot(path=drawn / "training-live.png")
 
 
 def test_samples_play_together_and_are_compared_under_a_wipe(finished: RunWriter, studio: Studio) -> None:
@@ -242,7 +250,7 @@ def test_a_file_goes_to_generate_and_a_state_into_the_form(finished: RunWriter, 
 
 
 def test_runs_shows_the_same_view_and_compares_configurations(
-    finished: RunWriter, open_studio: Callable[..., Studio], pictures: Path
+    finished: RunWriter, open_studio: Callable[..., Studio], drawn: Path
 ) -> None:
     narrow = open_studio(width=400, height=860, scheme="light")
     page = narrow.page
@@ -251,7 +259,7 @@ def test_runs_shows_the_same_view_and_compares_configurations(
     expect(view.locator(".k5-readout")).to_contain_text("1,000")
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     view.locator(".k5-curves").scroll_into_view_if_needed()
-    page.screenshot(path=pictures / "training-live-narrow.png")
+    page.screenshot(path=drawn / "training-live-narrow.png")
     page.locator(".k5-runs").get_by_role("button", name="Compare configs").locator("visible=true").click()
     dialog = page.locator(".k5-compare")
     with page.expect_response(lambda answer: "b=20261124-0800-cccccc" in answer.url):
