@@ -281,5 +281,8 @@ class OutLayer(nn.Module):
         """[B, T*H'*W', D] in row order to [B, F, H, W, C]."""
         shift, scale = self.modulation(time_embed)
         patches = self.out_layer(modulate(visual, shift, scale)).unflatten(1, grid)
-        split = patches.unflatten(-1, (-1, *self.patch_size))
-        return split.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(1, 2).flatten(2, 3).flatten(3, 4)
+        split = patches.unflatten(-1, (-1, *self.patch_size)).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        batch, *sizes, channels = split.shape
+        # In one copy, which is no view of anything: FSDP warns of modules that return views.
+        whole = [count * size for count, size in zip(sizes[::2], sizes[1::2], strict=True)]
+        return split.reshape(batch, *whole, channels)

@@ -29,6 +29,7 @@ from backend.training.processes import Processes
 from backend.training.requests import REPEATABLE, STOPS, RequestName, Requests
 from backend.training.samples import Sampler, shown_epoch
 from backend.training.schedules import Schedule
+from backend.training.shared_forwards import SharedForwards
 from backend.training.state import Position, save_state
 from backend.training.step_meter import StepFacts, TrainingMeter
 from backend.training.stream import BatchStream
@@ -80,6 +81,7 @@ class TrainingLoop:
         self._options = parts.options
         self.position = position
         self._parameters = list(parts.lora.named_parameters().values())
+        self._forwards = SharedForwards(parts.processes, parts.transformer)
         self._leaving = False
         self._bad_in_a_row = 0
 
@@ -162,19 +164,45 @@ class TrainingLoop:
                 continue
             given, batch = next(stream)
             assert given == number, f"The stream gave batch {given} instead of {number}."
-            reseed(parts.seed, self.position.epoch, number)
-            inputs = make_inputs(
-                batch, self._options, parts.seed, self.position.epoch, number, parts.transformer.config.in_channels,
-                parts.processes.device,
-            )  # fmt: skip
-            loss, per_sample = flow_loss(parts.transformer(inputs), inputs)
-            loss.backward()
             place = slice(offsets[number], offsets[number] + sizes[number])
-            measured[0, place] = inputs.sigmas.detach().double().cpu()
-            measured[1, place] = per_sample.double().cpu()
+            measured[0, place], measured[1, place] = self._add_gradients(number, batch)
+        self._keep_company(numbers)
         # MPS knows no float64; a loss loses nothing that anybody sees by travelling as float32.
         sigmas, losses = parts.processes.sum(measured.float()).double()
         return sigmas, losses
+
+    def _add_gradients(self, number: int, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Forward and backward pass of one batch; returns sigma and loss of its samples, float64 on the CPU."""
+        parts, epoch = self._parts, self.position.epoch
+        reseed(parts.seed, epoch, number)
+        inputs = make_inputs(
+            batch, self._options, parts.seed, epoch, number, parts.transformer.config.in_channels,
+            parts.processes.device,
+        )  # fmt: skip
+        loss, per_sample = flow_loss(parts.transformer(inputs), inputs)
+        loss.backward()
+        return inputs.sigmas.detach().double().cpu(), per_sample.double().cpu()
+
+    def _keep_company(self, numbers: range) -> None:
+        """With a split model, run a batch for nothing while other processes have one more than this one.
+
+        Where the last step of an epoch has fewer batches, they need this one's share of the weights all the same.
+        """
+        parts = self._parts
+        rank, count = parts.processes.rank, parts.processes.count
+        own = sum(number % count == rank for number in numbers)
+        missing = -(-len(numbers) // count) - own
+        if not parts.processes.sharded or missing <= 0:
+            return
+        gradients = [parameter.grad for parameter in self._parameters]
+        number = numbers[0]
+        batch = parts.training_set.read(parts.training_set.batches(self.position.epoch)[number])
+        for _ in range(missing):
+            for parameter in self._parameters:
+                parameter.grad = None  # Else these gradients were added to the true ones.
+            self._add_gradients(number, batch)
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
 
     def _update(self, norm: float) -> float | None:
         """Clip, step, limit the norms; returns the largest norm of a layer's difference if it is limited."""
@@ -258,9 +286,15 @@ class TrainingLoop:
 
     def _validate(self) -> None:
         parts, here = self._parts, self.position
-        if parts.validation is None or not parts.processes.first:
+        if parts.validation is None:
             return
-        with self._aside("validate", f"Validating at step {here.step}"), self.as_used():
+        if not parts.processes.first:
+            self._follow("validate")
+            return
+        with (
+            self._aside("validate", f"Validating at step {here.step}"), self.as_used(),
+            self._forwards.leading("validate"),
+        ):  # fmt: skip
             result = parts.validation.run(parts.transformer.predict_no_grad)
         parts.reporter.journal.emit(
             "validation", step=here.step, epoch=shown_epoch(here), loss=result.loss, by_sigma=result.by_sigma,
@@ -271,10 +305,23 @@ class TrainingLoop:
 
     def _sample(self) -> None:
         parts = self._parts
-        if parts.sampler is None or not parts.processes.first:
+        if self._options.sample_prompts is None:
             return
-        with self._aside("sample", f"Sampling at step {self.position.step}"), self.as_used():
+        if not parts.processes.first:
+            self._follow("sample")
+            return
+        assert parts.sampler is not None
+        with (
+            self._aside("sample", f"Sampling at step {self.position.step}"), self.as_used(),
+            self._forwards.leading("sample"),
+        ):  # fmt: skip
             parts.sampler.make(parts.transformer, self.position, self._stop_is_waiting)
+
+    def _follow(self, phase: str) -> None:
+        """Take part in what the first process does with a split model; with a whole one it needs nobody."""
+        if self._parts.processes.sharded:
+            with self._aside(phase, "Taking part"), self.as_used():
+                self._forwards.follow()
 
     def _stop_is_waiting(self) -> bool:
         return bool(self._parts.requests.poll() & {"stop", "stop_and_save"})

@@ -1,8 +1,8 @@
 """The processes that train together: which one this is, what it computes on, and the few things that they exchange.
 
-Only gradients of the LoRA are exchanged, so the model needs no wrapper: every process has the whole frozen model, and
-the sum of all gradients is divided by the number of batches. A process that was started alone needs no launcher and
-does not import accelerate.
+Only gradients of the LoRA are exchanged, so the model needs no wrapper: every process has the whole frozen model (with
+FSDP its share of it, see `backend.training.sharding`) and the whole LoRA, and the sum of all gradients is divided by
+the number of batches. A process that was started alone needs no launcher and does not import accelerate.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from backend.config.train import TrainOptions
 from backend.errors import EngineError, UserError
@@ -27,34 +28,44 @@ _PATIENCE = timedelta(hours=24)
 # Gradients travel in pieces of at most so many numbers (128 MiB), so that no second copy of all of them is needed.
 _PIECE = 32 << 20
 _SHARDED = {
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
 }
+# Inputs of one forward pass travel with what they are: given or not, dtype, number of dimensions, up to five sizes.
+_INPUTS = 5
+_SIZES = 5
+_DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.bool)
 
 
 class Processes:
     """Process `rank` (from 0) of `count`, computing on `device`; inside a `with` block they can talk to each other.
 
     Attributes:
-        distributed_type: accelerate's name of how they work together ("NO", "MULTI_CPU", "MULTI_GPU").
+        distributed_type: accelerate's name of how they work together ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP").
+        sharded: whether the launch asks for FSDP, which splits the frozen model.
     """
 
     def __init__(self, options: TrainOptions, environment: Mapping[str, str] | None = None) -> None:
         """Read the launch; nothing is connected yet.
 
         Raises:
-            UserError: FSDP or DeepSpeed is asked for, the environment contradicts itself, or there is no such device.
+            UserError: DeepSpeed is asked for, or FSDP for one process; the environment contradicts itself, or there is
+                no such device.
         """
         values = os.environ if environment is None else environment
         for name, shown in _SHARDED.items():
             if values.get(name, "").lower() in _TRUE:
                 raise UserError(
-                    f"This was launched with {shown}, which would split the frozen model over the processes; here each "
-                    "process keeps a whole one. Launch with --multi_gpu, and save memory with --fp8_base, "
-                    "--blocks_to_swap and --gradient_checkpointing."
+                    f"This was launched with {shown}, which is not supported. Launch with --multi_gpu, where each "
+                    "process keeps a whole model, or with --use_fsdp --fsdp_version 2, which splits it."
                 )
         self.rank, self.count, local_rank = _place(values)
+        self.sharded = values.get("ACCELERATE_USE_FSDP", "").lower() in _TRUE
+        if self.sharded and self.count == 1:
+            raise UserError(
+                "FSDP splits the model over several processes, and only one was started. Start at least two "
+                "(--num_processes), or launch without FSDP."
+            )
         cpu_only = values.get("ACCELERATE_USE_CPU", "").lower() in _TRUE
         self.device = device_of_process(options.device, local_rank, cpu_only=cpu_only)
         # Processes that fall back to a CPU without being told so are a launch for GPUs that this machine lacks.
@@ -89,6 +100,9 @@ class Processes:
                 "write the same files. On CPUs set ACCELERATE_USE_CPU=true before the launch, or add --device cpu; on "
                 "GPUs start as many processes as there are GPUs."
             )
+        if self.sharded:
+            # Accelerate calls it so on GPUs only, and makes whole copies on CPUs; here the model is split on both.
+            self.distributed_type = "FSDP"
         return self
 
     def __exit__(
@@ -111,6 +125,42 @@ class Processes:
         """Those of `names` that at least one process has found."""
         total = self._sum(torch.tensor([int(name in found) for name in names], dtype=torch.int64))
         return {name for name, count in zip(names, total.tolist(), strict=True) if count}
+
+    def mesh(self) -> DeviceMesh | None:
+        """All processes in a row, to split the model over; None when each has a whole one."""
+        return init_device_mesh(self.device.type, (self.count,)) if self.sharded else None
+
+    def send(self, inputs: Sequence[Tensor | None] | None) -> None:
+        """For the first process: give the others the inputs of a forward pass; None says that there are no more."""
+        header = torch.zeros(1 + _INPUTS * (3 + _SIZES), dtype=torch.int64)
+        given = list(inputs or ())
+        header[0] = len(given)
+        for number, tensor in enumerate(given):
+            if tensor is not None:
+                place = 1 + number * (3 + _SIZES)
+                about = [1, _DTYPES.index(tensor.dtype), tensor.ndim, *tensor.shape]
+                header[place : place + len(about)] = torch.tensor(about)
+        self._from_first(header.to(self.device))
+        for tensor in given:
+            if tensor is not None:
+                self._from_first(_as_numbers(tensor).contiguous())
+
+    def receive(self) -> list[Tensor | None] | None:
+        """For the others: the inputs that the first process has sent, on this one's device, or None for no more."""
+        header = torch.zeros(1 + _INPUTS * (3 + _SIZES), dtype=torch.int64, device=self.device)
+        self._from_first(header)
+        count, *about = header.tolist()
+        if count == 0:
+            return None
+        inputs: list[Tensor | None] = []
+        for number in range(count):
+            given, dtype, dimensions, *sizes = about[number * (3 + _SIZES) : (number + 1) * (3 + _SIZES)]
+            tensor = None
+            if given:
+                tensor = torch.empty(sizes[:dimensions], dtype=_DTYPES[dtype], device=self.device)
+                self._from_first(_as_numbers(tensor))
+            inputs.append(tensor)
+        return inputs
 
     def sum(self, values: Tensor) -> Tensor:
         """The elementwise sum of all processes' `values`, a CPU tensor of one shape and dtype; the same in all."""
@@ -143,6 +193,10 @@ class Processes:
             # One that no process has a gradient of keeps none: optimizers leave it alone then, as with one process.
             parameter.grad = gradient.copy_(values.view_as(gradient)) if count else None
 
+    def _from_first(self, tensor: Tensor) -> None:
+        with _partners():
+            dist.broadcast(tensor, 0)
+
     def _sum(self, values: Tensor) -> Tensor:
         if self.count == 1:
             return values
@@ -162,6 +216,11 @@ def _place(values: Mapping[str, str]) -> tuple[int, int, int]:
     if not 0 <= rank < count or local_rank < 0:
         raise UserError(f"RANK is {rank} and WORLD_SIZE is {count}. Start all processes with one launcher.")
     return rank, count, local_rank
+
+
+def _as_numbers(tensor: Tensor) -> Tensor:
+    """The same memory as something that every backend can send: gloo knows no bool."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
 
 
 def _pieces(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:

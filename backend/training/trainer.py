@@ -5,6 +5,7 @@ Memory is used one after the other: encoders and VAE for the samples first, then
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from contextlib import ExitStack
@@ -46,6 +47,7 @@ from backend.training.processes import Processes
 from backend.training.requests import RequestName, Requests
 from backend.training.samples import Sampler
 from backend.training.schedules import Schedule, make_schedule, schedule_notices
+from backend.training.sharding import sharding_problems
 from backend.training.show_timesteps import show_timesteps
 from backend.training.state import Position, load_state
 from backend.training.step_meter import TrainingMeter
@@ -73,7 +75,11 @@ def train(options: TrainOptions, reporter: Reporter, run_dir: Path | None = None
     if options.show_timesteps is not None:
         show_timesteps(options, reporter, run_dir)
         return []
-    with Processes(options) as processes:
+    launched = Processes(options)
+    contradictions = sharding_problems(options, os.environ) if launched.sharded else []
+    if contradictions:
+        raise Problems(contradictions)
+    with launched as processes:
         # Caches that are missing may have been written by all of them just before.
         processes.barrier()
         return _Training(options, reporter, run_dir, processes).run()
@@ -296,7 +302,10 @@ class _Training:
     def _transformer(self) -> TrainingTransformer:
         device = self.processes.device
         attention = resolve_attention(self.options.attention, device=device, dtype=self.dtype)
-        transformer = TrainingTransformer(self.options, self.paths, device, self.dtype, attention)
+        mesh = self.processes.mesh()
+        transformer = TrainingTransformer(self.options, self.paths, device, self.dtype, attention, mesh)
+        if mesh is not None and self.processes.first:
+            self.reporter.say(f"FSDP: each of {self.processes.count} processes keeps its share of every block")
         if self.processes.first:
             for notice in transformer.notices:
                 self.reporter.warning(notice)

@@ -1,12 +1,13 @@
-"""The DiT as training uses it: frozen, in 8 bit, its blocks checkpointed and swapped as asked."""
+"""The DiT as training uses it: frozen, in 8 bit, its blocks checkpointed and swapped or split as asked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from backend.config.tasks import TASKS, TaskPreset, WeightPaths
 from backend.config.train import TrainOptions
@@ -20,6 +21,7 @@ from backend.model.nabla import NablaConfig, check_nabla_size
 from backend.model.offload import swap_layers
 from backend.model.quantize import quantise_blocks
 from backend.training.inputs import ModelInputs
+from backend.training.sharding import shard_blocks
 
 _FORCED_P = 0.9
 
@@ -27,8 +29,9 @@ _FORCED_P = 0.9
 class TrainingTransformer:
     """Loads and prepares the base model; LoRA layers are attached to `model` afterwards and are all that learns.
 
-    In this order: weights loaded, `--base_weights` merged into them, quantised, frozen, checkpointed, swapped, moved to
-    the device. The model is in eval mode, so that only attached layers that are switched to training drop anything.
+    In this order: weights loaded, `--base_weights` merged into them, quantised, frozen, checkpointed, swapped, split
+    over the processes or else moved to the device. The model is in eval mode, so that only attached layers that are
+    switched to training drop anything.
 
     Attributes:
         model: the DiT.
@@ -36,6 +39,7 @@ class TrainingTransformer:
         config: its sizes.
         nabla: parameters of sparse attention, or None for dense attention.
         notices: what the person should know about how it runs.
+        around: entered with the arguments of `velocity` around every forward pass, or None.
     """
 
     def __init__(
@@ -45,8 +49,11 @@ class TrainingTransformer:
         device: torch.device,
         dtype: torch.dtype,
         attention: AttentionBackend,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         """Load and prepare; `dtype` is float32 or bfloat16.
+
+        With `mesh` the blocks are split over its processes, each of which loads the whole model into CPU memory before.
 
         Raises:
             UserError: an attention backend without gradients, weights or LoRAs that do not fit, more blocks to swap
@@ -61,12 +68,14 @@ class TrainingTransformer:
         self.attention = attention.name
         self.nabla = nabla_config(options, task)
         self.notices: list[Problem] = []
+        self.around: Callable[[Sequence[Tensor | None]], AbstractContextManager[None]] | None = None
+        self._split = mesh is not None
         self._scale_factor = task.scale_factor
         swaps = options.blocks_to_swap > 0 and device.type != "cpu"
         quantised = options.fp8_base or options.fp8_scaled
         self.model = load_transformer(
             paths.dit,
-            device=torch.device("cpu") if quantised or swaps else device,
+            device=torch.device("cpu") if quantised or swaps or self._split else device,
             dtype=dtype,
             attention=attention,
             rope_bf16_rounding=options.rope_bf16_rounding,
@@ -87,7 +96,10 @@ class TrainingTransformer:
                 "this model trains with NABLA; its mask is applied exactly, but in a plain way that is slower than the "
                 "sparse kernel of the official code.",
             )
-        self.to_device()
+        if mesh is not None:
+            shard_blocks(self.model, mesh)
+        else:
+            self.to_device()
 
     def _checkpoint(self, options: TrainOptions) -> None:
         offloads = options.gradient_checkpointing_cpu_offload
@@ -150,24 +162,25 @@ class TrainingTransformer:
         text_mask: Tensor | None = None,
     ) -> Tensor:
         """Velocity from separate tensors, as the sampling loop has them; shapes as in `Kandinsky5Transformer`."""
-        return self.model(
-            hidden_states,
-            text_embeds,
-            pooled_embeds,
-            timesteps,
-            text_mask=text_mask,
-            scale_factor=self._scale_factor,
-            nabla=self.nabla,
-        )
+        arguments = (hidden_states, text_embeds, pooled_embeds, timesteps)
+        with nullcontext() if self.around is None else self.around((*arguments, text_mask)):
+            return self.model(*arguments, text_mask=text_mask, scale_factor=self._scale_factor, nabla=self.nabla)
 
     def to_cpu(self) -> None:
-        """Park the model, LoRA included, in CPU memory, so that something else has the device for itself."""
+        """Park the model, LoRA included, in CPU memory, so that something else has the device for itself.
+
+        Not for a model that is split over processes.
+        """
         self.model.to(torch.device("cpu"))
         empty_cache(self.device)
 
     def to_device(self) -> None:
-        """Bring the model (but for the weights of swapped layers) to the device; parameters keep their identity."""
-        self.model.to(self.device)
+        """Bring the model (but for the weights of swapped layers) to the device; parameters keep their identity.
+
+        A model that is split over processes never leaves it.
+        """
+        if not self._split:
+            self.model.to(self.device)
 
 
 def base_weights(options: TrainOptions) -> list[tuple[str, float]]:
