@@ -11,6 +11,7 @@ from backend.config.checkpoint import KNOWN_ARCHITECTURES, CheckpointInfo, compa
 from backend.config.generate import GenerateOptions
 from backend.config.prompts import ClipRequest, Plan, plan_clips
 from backend.config.tasks import TASKS, TaskPreset, WeightPaths, default_weights
+from backend.config.train_data import TrainDataOptions
 from backend.errors import Problem, Problems, UserError
 from backend.files import check_writable, require_free_space
 
@@ -27,9 +28,10 @@ _KIND_WORDS = {
 }
 
 
-def weight_paths(options: GenerateOptions) -> WeightPaths:
-    """The weights that `options` means: what it names, else what belongs to its task."""
-    defaults = default_weights(TASKS[options.task])
+def weight_paths(options: GenerateOptions | TrainDataOptions) -> WeightPaths:
+    """The weights that `options` means: what it names, else what belongs to its task, if it has one."""
+    task = options.task
+    defaults = default_weights(TASKS[task]) if task is not None else WeightPaths(None, None, None, None)
     return WeightPaths(
         options.dit or defaults.dit,
         options.vae or defaults.vae,

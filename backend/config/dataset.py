@@ -28,6 +28,7 @@ SIZE_STEP = 16
 _MIN_SIDE, _MAX_SIDE = 32, 8192
 _MAX_FRAMES = 100_000
 _MAX_PROBLEMS = 100
+_MAX_DATASETS = 5000
 _MAX_TEXT = 10_000
 _MAX_EXCLUDED = 10_000
 _MAX_IDENTITY = 4096
@@ -320,6 +321,9 @@ class _Reader:
             return []
         if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
             self._problem("datasets", "must be a list of tables, each under [[datasets]] (two brackets).")
+            return []
+        if len(tables) > _MAX_DATASETS:
+            self._problem("datasets", f"has {len(tables)} tables; at most {_MAX_DATASETS} are read. Split the file.")
             return []
         entries = [self._dataset(index, table, inherited) for index, table in enumerate(tables)]
         whole = [entry for entry in entries if entry is not None]

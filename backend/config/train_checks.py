@@ -9,11 +9,11 @@ from pathlib import Path
 from backend.config.cache import CacheLatentsOptions
 from backend.config.cache_checks import check_dataset_options
 from backend.config.checkpoint import identify
-from backend.config.checks import VAE_EXAMPLE, check_weight, fits_task
+from backend.config.checks import VAE_EXAMPLE, check_weight, fits_task, weight_paths
 from backend.config.generate import GenerateOptions
 from backend.config.options import from_mapping, load_toml
 from backend.config.prompts import plan_clips
-from backend.config.tasks import TASKS, WeightPaths, default_weights
+from backend.config.tasks import TASKS
 from backend.config.train import TrainOptions
 from backend.config.train_arguments import key_values, network_arguments, steps_of
 from backend.errors import Problem, Problems, UserError
@@ -46,17 +46,6 @@ def check_train(options: TrainOptions, run_dir: str | Path | None = None) -> lis
     return list(dict.fromkeys(problems))
 
 
-def train_weight_paths(options: TrainOptions) -> WeightPaths:
-    """The weights that `options` means: what it names, else what belongs to its task."""
-    defaults = default_weights(TASKS[options.task]) if options.task is not None else WeightPaths(None, None, None, None)
-    return WeightPaths(
-        options.dit or defaults.dit,
-        options.vae or defaults.vae,
-        options.text_encoder_qwen or defaults.text_encoder_qwen,
-        options.text_encoder_clip or defaults.text_encoder_clip,
-    )
-
-
 def makes_samples(options: TrainOptions) -> bool:
     """Whether clips are made while training."""
     often = options.sample_every_n_steps or options.sample_every_n_epochs or options.sample_at_first
@@ -80,7 +69,7 @@ def check_timesteps(options: TrainOptions) -> list[Problem]:
 def _check_model(options: TrainOptions) -> list[Problem]:
     if options.task is None:
         return [Problem("task", "is missing. Name the model that is trained, for example k5-pro-t2v-5s-sd.")]
-    task, paths = TASKS[options.task], train_weight_paths(options)
+    task, paths = TASKS[options.task], weight_paths(options)
     example = f"{VAE_EXAMPLE} for {task.name}"
     problems = check_weight("dit", paths.dit, "dit", f"{task.checkpoint} for {task.name}", fits_task(task))
     samples = makes_samples(options)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import Optimizer
 
+from backend.config.checks import weight_paths
 from backend.config.dataset import load_dataset_config
 from backend.config.resume_diff import (
     BASE_FACT,
@@ -28,7 +29,7 @@ from backend.config.resume_diff import (
 from backend.config.state_record import StateRecord, latest_state, read_record
 from backend.config.train import TrainOptions
 from backend.config.train_arguments import network_arguments
-from backend.config.train_checks import check_train, train_weight_paths
+from backend.config.train_checks import check_train
 from backend.data.epochs import plan_length
 from backend.errors import Problem, Problems, Stopped, UserError
 from backend.files import fingerprint
@@ -99,7 +100,7 @@ class _Training:
 
     def __init__(self, options: TrainOptions, reporter: Reporter, run_dir: Path | None, processes: Processes) -> None:
         self.options, self.reporter, self.run_dir, self.processes = options, reporter, run_dir, processes
-        self.paths = train_weight_paths(options)
+        self.paths = weight_paths(options)
         self.dtype = resolve_dtype(_DTYPES[options.mixed_precision], processes.device)
         self.folder = checkpoint_folder(options, run_dir)
         self.requests = Requests(run_dir if processes.first else None, reporter)

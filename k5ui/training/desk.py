@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from backend.config.checks import weight_paths
 from backend.config.options import to_command_text, to_toml
 from backend.config.state_record import read_record
 from backend.config.train import TrainOptions
-from backend.config.train_checks import check_train, makes_samples, train_weight_paths
+from backend.config.train_checks import check_train, makes_samples
 from backend.errors import K5Error, Problem, Problems, UserError
 from backend.files import require_free_space, write_atomic
 from backend.jobs.facts import OPTIONS_FILE
@@ -371,7 +372,7 @@ class TrainingDesk:
         runs = self._cache_runs.of_dataset(dataset.path)
         states = tuple((run.id, view.state) for run, view in runs[:20])
         trainings = tuple(view.id for view in self._services.runs() if view.kind == "train" and view.state.alive)
-        weights = (train_weight_paths(options), options.nabla_resize, options.nabla_stretch)
+        weights = (weight_paths(options), options.nabla_resize, options.nabla_stretch)
         reasons = (stamp, weights, states, trainings, self._services.settings.language)
         progress = [(run.id, view.phase, view.step) for run, view in at_work(runs)]
         return self._stocks.look(dataset.id, reasons, progress)

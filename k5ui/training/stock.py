@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from backend.config.cache import CacheLatentsOptions, CacheTextOptions
+from backend.config.checks import weight_paths
 from backend.config.dataset import DatasetConfig, DatasetEntry
 from backend.config.train import TrainOptions
-from backend.config.train_checks import train_weight_paths
 from backend.data.latent_request import latent_recipe, nabla_mode
 from backend.data.ledger import DatasetLedger, check_dataset, not_valid
 from backend.data.recipes import LatentRecipe, TextRecipe
@@ -108,7 +108,7 @@ def _unusable(ledger: DatasetLedger) -> dict[str, int]:
 
 def _recipes(options: TrainOptions) -> tuple[LatentRecipe, TextRecipe]:
     """How the caches must have been made; what cannot be known because of a problem is not compared."""
-    paths = train_weight_paths(options)
+    paths = weight_paths(options)
     sizes: dict[str, Any] = {"nabla_resize": options.nabla_resize, "nabla_stretch": options.nabla_stretch}
     asked = CacheLatentsOptions(task=options.task, vae=paths.vae, **sizes)
     try:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from backend.config.checkpoint import TransformerConfig, identify
+from backend.config.checks import weight_paths
 from backend.config.prompts import read_prompt_file
 from backend.config.tasks import TASKS, valid_frames
 from backend.config.train import TrainOptions
-from backend.config.train_checks import makes_samples, train_weight_paths
+from backend.config.train_checks import makes_samples
 from backend.data.epochs import Length, plan_length
 from backend.errors import K5Error, UserError
 from backend.files import existing_parent
@@ -112,7 +113,7 @@ def lora_parameters(config: TransformerConfig, rank: int) -> int:
 
 
 def _disk_bytes(options: TrainOptions, length: Length) -> int | None:
-    path = train_weight_paths(options).dit
+    path = weight_paths(options).dit
     try:
         config = identify(path).config if path is not None else None
     except UserError:

@@ -20,6 +20,8 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, Playwright, expect, sync_playwright
 
+from tests.real_clips import caption, real_clip
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 ARGUMENTS = [
@@ -183,6 +185,21 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     running.stop()
     if wanted:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def training_material(server: Server, name: str, repeats: int = 1) -> Path:
+    """A dataset called `name` of two real clips in the size of the demo model, not cached; its configuration file."""
+    folder = server.workspace / f"{name}-material"
+    caption(real_clip(folder / "bikes.mp4", "bikes", (64, 64), 18), "a street with bicycles")
+    caption(real_clip(folder / "bunny.mp4", "bunny", (64, 64), 18), "a rabbit in a meadow")
+    config = server.workspace / "datasets" / f"{name}.toml"
+    config.parent.mkdir(exist_ok=True)
+    config.write_text(
+        f"[general]\nresolution = [64, 64]\ncaption_extension = '.txt'\n\n[[datasets]]\nvideo_directory = '{folder}'\n"
+        f"cache_directory = '{folder / 'cache'}'\ntarget_frames = [17]\nnum_repeats = {repeats}\n",
+        encoding="utf-8",
+    )
+    return config
 
 
 @pytest.fixture(scope="package")

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.browser.conftest import CLIP_SECONDS, Server, Studio
-from tests.real_clips import caption, real_clip
+from tests.browser.conftest import CLIP_SECONDS, Server, Studio, training_material
 
 NAME = "flow-clips"
 STEPS = 120
@@ -21,18 +20,8 @@ LONG = CLIP_SECONDS * 1000
 
 @pytest.fixture(scope="module")
 def dataset(server: Server) -> Path:
-    """Two real clips in the size of the demo model, not cached; two steps make an epoch."""
-    folder = server.workspace / "flow-material"
-    caption(real_clip(folder / "bikes.mp4", "bikes", (64, 64), 18), "a street with bicycles")
-    caption(real_clip(folder / "bunny.mp4", "bunny", (64, 64), 18), "a rabbit in a meadow")
-    config = server.workspace / "datasets" / f"{NAME}.toml"
-    config.parent.mkdir(exist_ok=True)
-    config.write_text(
-        f"[general]\nresolution = [64, 64]\ncaption_extension = '.txt'\n\n[[datasets]]\nvideo_directory = '{folder}'\n"
-        f"cache_directory = '{folder / 'cache'}'\ntarget_frames = [17]\n",
-        encoding="utf-8",
-    )
-    return config
+    """Two clips that are not cached; two steps make an epoch."""
+    return training_material(server, NAME)
 
 
 def fill_form(studio: Studio) -> Page:

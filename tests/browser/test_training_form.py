@@ -11,8 +11,7 @@ from playwright.sync_api import Page, expect
 
 from backend.jobs.queue import JobQueue
 from backend.jobs.store import RunStore
-from tests.browser.conftest import CLIP_SECONDS, Server, Studio
-from tests.real_clips import caption, real_clip
+from tests.browser.conftest import CLIP_SECONDS, Server, Studio, training_material
 
 NAME = "three-clips"
 LONG = CLIP_SECONDS * 1000
@@ -24,18 +23,8 @@ COMMAND = r"""accelerate launch --mixed_precision bf16 src/musubi_tuner/kandinsk
 
 @pytest.fixture(scope="module")
 def dataset(server: Server) -> Path:
-    """Two real clips in the size of the demo model, not cached."""
-    folder = server.workspace / "training-material"
-    caption(real_clip(folder / "bikes.mp4", "bikes", (64, 64), 18), "a street with bicycles")
-    caption(real_clip(folder / "bunny.mp4", "bunny", (64, 64), 18), "a rabbit in a meadow")
-    config = server.workspace / "datasets" / f"{NAME}.toml"
-    config.parent.mkdir(exist_ok=True)
-    config.write_text(
-        f"[general]\nresolution = [64, 64]\ncaption_extension = '.txt'\n\n[[datasets]]\nvideo_directory = '{folder}'\n"
-        f"cache_directory = '{folder / 'cache'}'\ntarget_frames = [17]\nnum_repeats = 3\n",
-        encoding="utf-8",
-    )
-    return config
+    """Two clips that are not cached; six steps make an epoch."""
+    return training_material(server, NAME, repeats=3)
 
 
 def open_form(studio: Studio) -> Page:

@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from tests.security.conftest import RUN_ID
 from tests.security.server import Server
 
-HOSTILE_TEXT = ("../../../etc/passwd", "{workspace}/.secret", "$(touch /tmp/k5-owned)", "';--", "\0", "x" * 100_000)
+HOSTILE_TEXT = ("../../../etc/passwd", "{workspace}/.secret", "$(touch owned)", "';--", "\0", "x" * 100_000)
 HOSTILE_VALUES: tuple[Any, ...] = (None, -1, 1e308, True, [], {}, [["../.."]], {"path": "../.."}, *HOSTILE_TEXT)
 VERBS = {
     *("set_preference", "stop", "dequeue", "kill", "trash"),

@@ -210,9 +210,7 @@ def test_other_names_do_not_exist(local: Server, path: str) -> None:
     assert answer.status == 404 or "running" in answer.json()
 
 
-@pytest.mark.parametrize(
-    "value", ["<script>alert(1)</script>", "a\u2028b", "'\"><img src=x>", "$(touch /tmp/k5-owned)"]
-)
+@pytest.mark.parametrize("value", ["<script>alert(1)</script>", "a\u2028b", "'\"><img src=x>", "$(touch owned)"])
 def test_texts_stay_texts(tmp_path: Path, value: Any) -> None:
     """Markup and shell words pass as data, and the command to copy quotes them."""
     training = Training(tmp_path)

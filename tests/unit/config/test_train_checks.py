@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from backend.config.checks import weight_paths
 from backend.config.tasks import DEMO_WEIGHTS
 from backend.config.train import TrainOptions
-from backend.config.train_checks import check_train, train_weight_paths
+from backend.config.train_checks import check_train
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def good(tmp_path: Path) -> dict[str, Any]:
 
 def test_a_good_request_has_no_problem(good: dict[str, Any]) -> None:
     assert check_train(TrainOptions(**good)) == []
-    assert train_weight_paths(TrainOptions(**good)).dit == str(DEMO_WEIGHTS / "transformer")
+    assert weight_paths(TrainOptions(**good)).dit == str(DEMO_WEIGHTS / "transformer")
 
 
 def test_an_empty_request_names_all_that_is_missing() -> None:

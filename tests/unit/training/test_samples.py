@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
+from backend.config.checks import weight_paths
 from backend.config.metadata import read_settings
 from backend.config.state_record import Position
 from backend.config.train import TrainOptions
-from backend.config.train_checks import train_weight_paths
 from backend.errors import Problems
 from backend.events import Journal, read_events
 from backend.model.attention import AttentionBackend
@@ -55,7 +55,7 @@ class Bench:
         self.options = TrainOptions(
             task=task, sample_prompts=str(self.prompts), output_name="shape", text_cache_dir=str(texts), **options
         )
-        self.paths = train_weight_paths(self.options)
+        self.paths = weight_paths(self.options)
         self.samples = self.run / "samples"
         self.sampler = Sampler(self.options, self.paths, CPU, torch.float32, self.reporter, self.samples, seed)
         self._transformer: TrainingTransformer | None = None
