@@ -8,7 +8,6 @@ from pathlib import Path
 
 from backend.config.cache import CacheLatentsOptions
 from backend.config.cache_checks import check_dataset_options
-from backend.config.checkpoint import identify
 from backend.config.checks import VAE_EXAMPLE, check_weight, fits_task, weight_paths
 from backend.config.generate import GenerateOptions
 from backend.config.options import from_mapping, load_toml
@@ -138,26 +137,14 @@ def _check_network(options: TrainOptions) -> list[Problem]:
     if options.dim_from_weights and options.network_weights is None:
         problems.append(Problem("dim_from_weights", "needs --network_weights. Give the LoRA file to start from."))
     if options.network_weights is not None:
-        problems += _check_lora(options.network_weights, "network_weights")
+        problems += check_weight("network_weights", options.network_weights, "lora", "a LoRA file")
     for path in options.base_weights:
-        problems += _check_lora(path, "base_weights")
+        problems += check_weight("base_weights", path, "lora", "a LoRA file")
     if len(options.base_weights_multiplier) > len(options.base_weights):
         problems.append(
             Problem("base_weights_multiplier", "has more strengths than --base_weights has files. Give one for each.")
         )
     return problems
-
-
-def _check_lora(path: str, field: str) -> list[Problem]:
-    if not os.path.exists(path):
-        return [Problem(field, f"{path} does not exist. Check the path.")]
-    try:
-        info = identify(path)
-    except UserError as error:
-        return [Problem(field, error.message)]
-    if info.kind == "lora":
-        return [Problem(field, info.unsupported)] if info.unsupported else []
-    return [Problem(field, f"{Path(path).name} is {info.summary}, not a LoRA. Choose another file.")]
 
 
 def _check_memory(options: TrainOptions) -> list[Problem]:

@@ -170,7 +170,7 @@ class Sampler:
                 written, settings = self._write(transformer, clip, latents, position)
                 self._announce(written, settings, clip, position, time.perf_counter() - started)
                 made = True
-        except Exception as error:
+        except Exception as error:  # a sample is a look at the training and never ends it
             self._warn(f"sample {clip.number} of step {position.step} was not made: {_words(error)} Training goes on.")
         if not made:
             gc.collect()  # The failure's frames may still hold the clip.

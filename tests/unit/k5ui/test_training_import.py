@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +211,7 @@ def test_texts_without_a_training(text: str) -> None:
 @pytest.mark.parametrize("text", ["\\\n" * 5000, "--a " * 20_000, "%A%" * 10_000, "a=" * 20_000, "'" * 9_999])
 def test_odd_texts_end_soon(text: str) -> None:
     """No expression of the reader backtracks without end."""
-    try:
+    began = time.process_time()
+    with suppress(ValueError):
         commands(text)
-    except ValueError:
-        return
+    assert time.process_time() - began < 5

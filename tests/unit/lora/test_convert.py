@@ -103,8 +103,8 @@ def test_layers_with_alphas_of_their_own_come_through(tmp_path: Path) -> None:
 
 def test_diffusers_reads_the_alpha_that_is_beside_the_pairs(tmp_path: Path) -> None:
     """alpha / rank = 0.75 cannot be multiplied into bfloat16 without loss, so it is in the file's metadata."""
-    diffusers = pytest.importorskip("diffusers")
-    pytest.importorskip("peft")
+    import diffusers
+
     odd = "visual_transformer_blocks.1.self_attention.to_value"
     layers = _random(alpha=3.0, dtype=torch.bfloat16, **{odd: 1.0})
     path = _through(tmp_path, layers, "kohya", "diffusers")
