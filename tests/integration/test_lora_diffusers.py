@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,8 @@ def test_a_trained_lora_gives_the_same_latents_in_diffusers_pipeline(
 @pytest.mark.parametrize("writer", ["write_lora", "write_converted"])
 def test_the_model_in_training_is_what_diffusers_makes_of_its_file(tmp_path: Path, alpha: float, writer: str) -> None:
     """The very modules that are trained against PEFT's, in one forward pass."""
-    model, theirs = build(SMALL_HEADS), build_diffusers(SMALL_HEADS)
+    # A copy: diffusers leaves PEFT's layers in a model, and this one is shared by other tests.
+    model, theirs = build(SMALL_HEADS), deepcopy(build_diffusers(SMALL_HEADS))
     arguments = inputs(SMALL_HEADS, 2, (3, 4, 6), 7, seed=3)
     with torch.no_grad():
         base = model(**arguments)
